@@ -1,0 +1,142 @@
+"""A field over a batch of tasks: the weighted sum over those that stay finite.
+
+The sum is differentiated as one game, not task by task, so that parameters which all tasks share get one gradient
+(one matrix product over all tasks) instead of one for each task.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metagen_jax.games import GradientField, vector_field
+from metagen_jax.types import Array, ArrayTree, Field, Key, Losses, Metrics, Params, Task
+
+TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
+"""(meta, keys [T], tasks [T, ...], weights [T]) -> (sum of weight * direction, metrics [T, ...])."""
+
+
+def sum_over_tasks(field: Field, *, chunk: int | None = None) -> TotalField:
+    """Return the weighted sum of `field` over a batch of tasks, `chunk` of them vmapped at a time (None for all).
+
+    Raises:
+        ValueError: a chunk below one; when called, one that does not divide the number of tasks.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"task_chunk must be at least 1, got {chunk}")
+    together = _as_one_game(field) if isinstance(field, GradientField) else _one_by_one(field)
+
+    def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
+        num_tasks = weights.shape[0]
+        if chunk is None or chunk == num_tasks:
+            return together(meta, keys, tasks, weights)
+        if num_tasks % chunk:
+            raise ValueError(f"task_chunk={chunk} does not divide the {num_tasks} tasks of a device; choose a divisor")
+        pieces = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), (keys, tasks, weights))
+
+        def add(sum_so_far: Params, piece: Any) -> tuple[Params, Metrics]:
+            direction, metrics = together(meta, *piece)
+            return jax.tree.map(jnp.add, sum_so_far, direction), metrics
+
+        shapes, _ = jax.eval_shape(together, meta, *jax.tree.map(lambda leaf: leaf[0], pieces))
+        direction, metrics = jax.lax.scan(add, _zeros(shapes), pieces)
+        return direction, jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), metrics)
+
+    return total
+
+
+def finite_sum(
+    total: TotalField, meta: Params, keys: Key, tasks: Task, weights: Array
+) -> tuple[Params, Metrics, Array]:
+    """Sum over the tasks that are finite, leaving out the others, at the price of one evaluation where all are.
+
+    Attempt 0 takes all tasks; attempt 1 those with finite losses; if the sum still is not finite (a gradient can
+    overflow behind a finite loss), each task is tried alone and the last attempt takes those that passed. The slots of
+    tasks that are left out are filled with a task that is not, at weight zero.
+
+    Returns:
+        direction (zeros if no task is finite), metrics [T, ...] of attempt 0, finite [T] bool.
+    """
+    num_tasks = weights.shape[0]
+    last = num_tasks + 2
+    everything = jnp.ones(num_tasks, bool)
+
+    def evaluate(active: Array) -> tuple[Params, Metrics]:
+        stand_in = jnp.where(active, jnp.arange(num_tasks), jnp.argmax(active))
+        picked = jax.tree.map(lambda leaf: leaf[stand_in], (keys, tasks))
+        return total(meta, *picked, jnp.where(active, weights, 0.0))
+
+    def attempt(carry: Any) -> Any:
+        number, active, _, first, passed, kept, _ = carry
+        direction, metrics = evaluate(active)
+        finite = _finite(direction) & active.any()
+        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, metrics)
+        probing = (number >= 2) & (number < last)
+        passed = passed.at[jnp.maximum(number - 2, 0)].set(jnp.where(probing, finite, passed[number - 2]))
+        losses_finite = _losses_finite(first, num_tasks)
+        hopeless = (number == 0) & ~losses_finite.any()
+        done = (finite & ~probing) | (number == last) | hopeless
+        kept = jnp.where(finite & done, active, jnp.zeros_like(active))
+        alone = jnp.arange(num_tasks) == number - 1  # the next attempt's number, less two
+        following = jnp.where(number == 0, losses_finite, jnp.where(number + 1 < last, alone, passed))
+        return number + 1, following, direction, first, passed, kept, done
+
+    shapes = jax.eval_shape(evaluate, everything)
+    direction, metrics = _zeros(shapes)
+    begin = (jnp.array(0), everything, direction, metrics, ~everything, ~everything, jnp.array(False))
+    _, _, direction, metrics, _, kept, _ = jax.lax.while_loop(lambda carry: ~carry[-1], attempt, begin)
+    return jax.tree.map(lambda leaf: jnp.where(kept.any(), leaf, 0.0), direction), metrics, kept
+
+
+def query_losses(metrics: Metrics, prefix: str = "") -> list[Array]:
+    """Return the losses among the metrics of a field: `loss`, or `loss/<player>` for each."""
+    return [value for name, value in metrics.items() if name == f"{prefix}loss" or name.startswith(f"{prefix}loss/")]
+
+
+def _as_one_game(field: GradientField) -> TotalField:
+    def game(meta: Params, keys: Key, batch: tuple[Task, Array]) -> tuple[Losses, Metrics]:
+        tasks, weights = batch
+        groups = field.groups_of(meta, keys[0], jax.tree.map(lambda leaf: leaf[0], tasks))
+
+        def one(key: Key, task: Task) -> tuple[list[Array], Metrics]:
+            losses, metrics = field.game(meta, key, task)
+            values = [losses[group[0]] for group in groups]
+            named = {f"loss/{group[0]}": value for group, value in zip(groups, values, strict=True)}
+            return values, {**metrics, **(named if len(groups) > 1 else {"loss": values[0]})}
+
+        values, metrics = jax.vmap(one)(keys, tasks)
+        totals: Losses = {}
+        for group, value in zip(groups, values, strict=True):
+            totals |= dict.fromkeys(group, (weights * value).sum())
+        return totals, {"tasks": metrics}  # type: ignore[dict-item]
+
+    summed = vector_field(game, field.players)
+
+    def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
+        direction, metrics = summed(meta, keys, (tasks, weights))
+        return direction, metrics["tasks"]  # type: ignore[return-value]
+
+    return total
+
+
+def _one_by_one(field: Field) -> TotalField:
+    def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
+        directions, metrics = jax.vmap(lambda key, task: field(meta, key, task))(keys, tasks)
+        return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), directions), metrics
+
+    return total
+
+
+def _finite(tree: ArrayTree) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _losses_finite(metrics: Metrics, num_tasks: int) -> Array:
+    losses = query_losses(metrics) + query_losses(metrics, "support/")
+    flat = [jnp.isfinite(loss).reshape(num_tasks, -1).all(1) for loss in losses]
+    return jnp.stack(flat).all(0) if flat else jnp.ones(num_tasks, bool)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -1,0 +1,127 @@
+"""Learners: a method is an adapter and an outer field.
+
+| learner  | adapter             | rule                  | outer field  | moves inside   |
+|----------|---------------------|-----------------------|--------------|----------------|
+| maml     | unroll              | any start             | through      | all, or chosen |
+| fomaml   | unroll, first order | any start             | through      | all, or chosen |
+| reptile  | unroll              | a fixed start         | displacement | all            |
+| anil     | unroll              | any start             | through      | the head       |
+| meta_sgd | unroll              | learned rates         | through      | all, or chosen |
+| joint    | unroll              | any start (test only) | the game's   | all, or chosen |
+
+Rates per layer and step (MAML++) are `maml` with the start `per_step`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from metagen_jax.adapt.starts import Start, per_parameter
+from metagen_jax.adapt.unroll import Path, trajectory, unroll
+from metagen_jax.games import union, vector_field
+from metagen_jax.meta.outer import displacement, through
+from metagen_jax.types import Adapt, Examples, Field, Key, Metrics, Model, Params, Task
+from metagen_jax.types import Start as AnyStart
+
+
+def _no_path(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Metrics]:
+    raise ValueError("this learner was made without a path, so it has no parameters step by step; give it one")
+
+
+class MetaLearner(NamedTuple):
+    """What is learned, how a task is adapted to, and the direction that the meta-parameters follow."""
+
+    init: Callable[[Key], Params]
+    adapt: Adapt
+    field: Field  # its batch is one Task
+    path: Path = _no_path  # the adapter step by step and past its trained number, for evaluation
+
+
+def maml(
+    model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None, **options: Any
+) -> MetaLearner:
+    """Model-agnostic meta-learning, second order unless `first_order=True`.
+
+        meta <- meta - b mean_t d L(phi_K(meta, S_t), Q_t) / d meta
+
+    Args:
+        model: init, game and sample.
+        start: where the inner loop begins and its rule: `fixed(optax.sgd(0.1))`, `per_step(...)`, `per_parameter(...)`.
+        num_steps: K.
+        players: those that move inside; None for all.
+        **options: of `unroll` (first_order, inner_grad, remat).
+
+    Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
+    """
+    field = vector_field(model.game, players)
+    adapt = unroll(field, start, num_steps, **options)
+    return MetaLearner(_init(model, start), adapt, through(model.game, adapt), trajectory(field, start))
+
+
+def fomaml(model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None) -> MetaLearner:
+    """First-order MAML: the meta-gradient with d phi_K / d meta taken as the identity.
+
+    Source: Finn, Abbeel & Levine, 2017, section 5.2; Nichol, Achiam & Schulman, 2018.
+    """
+    return maml(model, start, num_steps, players=players, first_order=True)
+
+
+def reptile(model: Model, start: AnyStart, num_steps: int) -> MetaLearner:
+    """Reptile: meta <- meta + b mean_t (phi_K(meta, S_t) - meta). Everything moves, and learned rates would not learn.
+
+    Raises:
+        ValueError: a start with learned parameters, which the displacement cannot teach.
+
+    Source: Nichol, Achiam & Schulman, On First-Order Meta-Learning Algorithms, 2018, algorithm 1.
+    """
+    if isinstance(start, Start) and len(start.extend({})) > 0:
+        raise ValueError("Reptile's displacement cannot teach a start with learned parameters; use fixed(...)")
+    field = vector_field(model.game)
+    adapt = unroll(field, start, num_steps, first_order=True)
+    return MetaLearner(_init(model, start), adapt, displacement(adapt), trajectory(field, start))
+
+
+def anil(model: Model, start: AnyStart, num_steps: int, *, head: Sequence[str], **options: Any) -> MetaLearner:
+    """Almost no inner loop: MAML in which only the head's players move inside.
+
+    Source: Raghu, Raghu, Bengio & Vinyals, Rapid Learning or Feature Reuse?, 2020.
+    """
+    return maml(model, start, num_steps, players=head, **options)
+
+
+def meta_sgd(
+    model: Model, rate: float | dict[str, float], num_steps: int, *, players: Sequence[str], **options: Any
+) -> MetaLearner:
+    """MAML with one learned rate for each parameter of the moving players.
+
+    Source: Li, Zhou, Chen & Li, Meta-SGD, 2017. Departure: the logarithm of the rate is learned, so none is negative.
+    """
+    return maml(model, per_parameter(rate, players), num_steps, players=players, **options)
+
+
+def joint(model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None) -> MetaLearner:
+    """Ordinary training on all classes at once: the baseline that learns nothing about learning.
+
+    Trained on the support and the query of each task as one batch; `start` and `num_steps` say how it is fine-tuned
+    when it is evaluated ("joint training, then fine-tuning").
+    """
+    inner = vector_field(model.game, players)
+    outer = vector_field(model.game)
+
+    def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:
+        return outer(meta, key, union(task.support, task.query))
+
+    adapt = unroll(inner, start, num_steps, first_order=True)
+    return MetaLearner(model.init, adapt, field, trajectory(inner, start))
+
+
+def _init(model: Model, start: AnyStart) -> Callable[[Key], Params]:
+    if isinstance(start, Start):
+        return lambda key: start.extend(model.init(key))
+    return model.init
+
+
+def task_keys(key: Key, num_tasks: int) -> Key:
+    """Return the keys [T] of a batch of tasks: task i has fold_in(key, i), however the batch is cut into pieces."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jax.numpy.arange(num_tasks))

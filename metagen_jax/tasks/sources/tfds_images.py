@@ -1,0 +1,155 @@
+"""Any labelled image data set of tensorflow-datasets, read without TensorFlow.
+
+`tfds.data_source` reads the array_record form. Images are decoded here (`pictures.decode`) and not by TFDS, whose
+result depends on what is installed: of a PNG with one bit per pixel Pillow makes {0, 1} and OpenCV {0, 255}.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metagen_jax.tasks.image_set import ImageSet, image_set
+from metagen_jax.tasks.resize import binarise, grey
+from metagen_jax.tasks.sources.folder import Invert
+from metagen_jax.tasks.sources.pictures import decode, fit, light_paper
+
+NEEDS_TFDS = 'data sets of tensorflow-datasets need it installed: pip install "metagen-jax[tfds]"'
+NEEDS_TENSORFLOW = 'only its TensorFlow builder can prepare it: pip install "metagen-jax[tensorflow]" and try again'
+CHUNK = 2000
+
+
+def tfds_images(
+    dataset: str,
+    *,
+    data_dir: Path | str | None = None,
+    splits: Sequence[str] | None = None,
+    size: int = 28,
+    channels: int | None = None,
+    invert: Invert = "auto",
+    threshold: float | None = None,
+    label: str = "label",
+    group: str | None = None,
+    max_per_class: int | None = None,
+    download: bool = False,
+) -> ImageSet:
+    """Read a data set, resized to size x size; not cached (`sources.load("tfds:NAME")` is).
+
+    Args:
+        dataset: its name in TFDS, with "/config" where it has several.
+        data_dir: where TFDS keeps its data (None: its own default).
+        splits: those to merge (None: all).
+        size: side of the images.
+        channels: 1 for grey, 3 for RGB (None: as the data set has it).
+        invert: whether ink is dark; "auto" decides for grey images by the brightness of their borders.
+        threshold: share of a pixel that ink must cover to be 255 rather than 0; None keeps the grey levels.
+        label: name of the class feature.
+        group: name of a class feature to take the groups from, such as the alphabet.
+        max_per_class: keep only the first so many images of each class.
+        download: let TFDS download and prepare what is not there.
+
+    Returns:
+        Images [total, size, size, channels]; classes that have images, in the order of the labels. Examples without a
+        label (-1) are left out.
+
+    Raises:
+        ImportError: tensorflow-datasets, or the TensorFlow that a builder needs, is not installed.
+        ValueError: an unknown data set, feature or split, or one that is not prepared.
+    """
+    builder = _builder(dataset, data_dir, download)
+    image, classes, groups = _features(builder.info, label, group)
+    splits = list(builder.info.splits) if splits is None else list(splits)
+    if unknown := sorted(set(splits) - set(builder.info.splits)):
+        raise ValueError(f"{dataset} has no split {', '.join(unknown)}; it has {', '.join(builder.info.splits)}")
+    channels = channels or (1 if builder.info.features[image].shape[-1] == 1 else 3)
+    fitted: list[np.ndarray] = []
+    labels: list[int] = []
+    group_of: dict[int, str] = {}
+    taken = np.zeros(classes.num_classes, int)
+    for example in _examples(builder, splits, image):
+        c = int(example[label])
+        if c < 0 or (max_per_class is not None and taken[c] >= max_per_class):
+            continue
+        taken[c] += 1
+        labels.append(c)
+        pixels = decode(example[image], channels, f"{dataset}, image {len(labels) - 1}")
+        fitted.append(grey(fit(pixels, (size, size))) if threshold is None else fit(pixels, (size, size)))
+        if groups is not None:
+            group_of[c] = groups.int2str(int(example[group]))
+    if not fitted:
+        raise ValueError(f"{dataset}: no labelled images in {', '.join(splits)}")
+    ink = np.stack(fitted)
+    scale = 255 if threshold is None else 1
+    if invert == "auto":
+        invert = channels == 1 and light_paper(ink * (255 // scale))
+    if invert:
+        np.subtract(scale, ink, out=ink, casting="unsafe")
+    present = np.flatnonzero(taken)
+    return image_set(
+        f"tfds:{builder.info.full_name}-{size}x{channels}" + ("" if threshold is None else f"-ink{threshold:g}"),
+        ink if threshold is None else binarise(ink, threshold),
+        np.searchsorted(present, labels),
+        [classes.int2str(int(c)) for c in present],
+        groups=[group_of.get(int(c), "") for c in present],
+        note=f"{builder.info.full_name} of tensorflow-datasets ({builder.info.homepage}), see there for its licence.",
+    )
+
+
+def _builder(dataset: str, data_dir: Path | str | None, download: bool) -> Any:
+    """Return the builder of a data set that is prepared in a form which needs no TensorFlow."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(NEEDS_TFDS) from error
+    where = None if data_dir is None else Path(data_dir).expanduser()
+    try:
+        builder = tfds.builder(dataset, data_dir=where, try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        from difflib import get_close_matches
+
+        near = ", ".join(get_close_matches(dataset, tfds.list_builders(with_community_datasets=False))) or "none near"
+        raise ValueError(f"tensorflow-datasets has no {dataset!r}; nearest names: {near}") from error
+    except ImportError as error:
+        raise ImportError(f"{dataset}: {NEEDS_TENSORFLOW} ({error})") from error
+    if not builder.is_prepared():
+        if not download:
+            raise ValueError(
+                f"{dataset} is not prepared in {builder.data_dir}; allow download=True, or give the data_dir that has it"
+            )
+        try:
+            builder = tfds.builder(dataset, data_dir=where, try_gcs=False, file_format="array_record")
+            builder.download_and_prepare()
+        except ImportError as error:
+            raise ImportError(f"{dataset}: {NEEDS_TENSORFLOW} ({error})") from error
+    if builder.info.file_format.value not in ("array_record", "parquet"):
+        raise ValueError(
+            f"{dataset} in {builder.data_dir} is in the form {builder.info.file_format.value}, which only TensorFlow "
+            "reads; prepare it in another data_dir with file_format='array_record'"
+        )
+    return builder
+
+
+def _features(info: Any, label: str, group: str | None) -> tuple[str, Any, Any]:
+    """Return the name of the image feature, the class feature and the group feature (or None)."""
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features.items())
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if len(images) != 1:
+        raise ValueError(f"{info.name}: expected one image feature, got {images or 'none'} of {', '.join(features)}")
+    for name in [label] if group is None else [label, group]:
+        if not isinstance(features.get(name), tfds.features.ClassLabel):
+            known = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+            raise ValueError(f"{info.name}: {name!r} is not a class feature; those are {', '.join(known) or 'none'}")
+    return images[0], features[label], None if group is None else features[group]
+
+
+def _examples(builder: Any, splits: Sequence[str], image: str):
+    """Yield the examples of the splits with the image as its file's bytes."""
+    import tensorflow_datasets as tfds
+
+    for split in splits:
+        source = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+        for start in range(0, len(source), CHUNK):
+            yield from source.__getitems__(range(start, min(start + CHUNK, len(source))))

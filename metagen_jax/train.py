@@ -1,0 +1,265 @@
+"""Meta-training: many meta-steps per dispatch, data as an argument, one trace for a whole run.
+
+The keys of a run are folded from its seed and the step number, so that a resumed run is the same run; those of a task
+are folded from its index, so that nothing depends on how the tasks are cut into pieces.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagen_jax.adapt.starts import LOG_RATE
+from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
+from metagen_jax.meta.learners import MetaLearner, task_keys
+from metagen_jax.tasks.family import Spec, TaskFamily
+from metagen_jax.tasks.samplers import Sampler
+from metagen_jax.types import Array, ArrayTree, Key, Metrics, Params
+
+
+class TrainState(NamedTuple):
+    """Everything a run needs to go on."""
+
+    step: Array  # [] int32, meta-steps taken
+    meta: Params
+    average: Params  # exponential moving average of meta
+    opt: Any
+    sampler: Any
+    key: Key  # of the whole run, never consumed: step n uses fold_in(key, n)
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def init_state(
+    learner: MetaLearner, sampler: Sampler, optimizer: optax.GradientTransformation, key: Key, *, meta: Params | None = None
+) -> TrainState:
+    """Return the state before the first meta-step; `meta` replaces the learner's fresh meta-parameters (a warm start)."""
+    init_key, sampler_key, run_key = jax.random.split(key, 3)
+    meta = learner.init(init_key) if meta is None else meta
+    return TrainState(
+        jnp.zeros((), jnp.int32), meta, jax.tree.map(jnp.copy, meta), optimizer.init(meta), sampler.init(sampler_key), run_key
+    )
+
+
+def make_step(
+    learner: MetaLearner,
+    family: TaskFamily,
+    sampler: Sampler,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    average_decay: float = 0.999,
+    task_chunk: int | None = None,
+) -> Step:
+    """Return one meta-step: propose tasks, take the field of each, average, follow the outer rule.
+
+    A task whose direction or loss is not finite is left out of the mean and counted; when none is finite, parameters
+    and optimiser stay as they are.
+
+    Args:
+        learner: whose field takes one `Task`.
+        family: makes the tasks that the sampler describes.
+        sampler: proposes T tasks and their weights.
+        optimizer: the outer rule, any optax transformation.
+        mesh: a mesh with an axis `task` over which the tasks are spread; None for one device.
+        average_decay: of the exponential moving average of the meta-parameters (bias-corrected, so that it begins as
+            their plain mean).
+        task_chunk: tasks that are vmapped at a time, a divisor of T (of T per device); None for all. Fewer use less
+            memory; results agree up to the order of summation.
+
+    Returns:
+        (state, data) -> (state, metrics). The metrics are means over the finite tasks, and: `grad_norm` [],
+        `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first of them (-1 if none) and `bad_inner_step` [] where
+        its inner loop lost finiteness (-1: after it, on the query).
+
+    Raises:
+        ValueError: a decay outside [0, 1), a chunk below one, a mesh without the axis `task`.
+    """
+    if not 0 <= average_decay < 1:
+        raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
+    if mesh is not None and "task" not in mesh.shape:
+        raise ValueError(f"expected a mesh with an axis 'task', got the axes {tuple(mesh.shape)}")
+
+    total = sum_over_tasks(learner.field, chunk=task_chunk)
+
+    def over(meta: Params, data: Any, specs: Spec, weights: Array, keys: Key) -> tuple[Params, Metrics, Array]:
+        both = jax.vmap(jax.random.split)(keys)
+        tasks = jax.vmap(family.make, in_axes=(None, 0, 0))(data, both[:, 0], specs)
+        return finite_sum(total, meta, both[:, 1], tasks, weights)
+
+    def sharded(meta: Params, data: Any, specs: Spec, weights: Array, keys: Key) -> tuple[Params, Metrics, Array]:
+        if mesh is None:
+            return over(meta, data, specs, weights, keys)
+
+        def per_device(meta: Params, data: Any, *pieces: Any) -> tuple[Params, Metrics, Array]:
+            # Without this a device's inner gradients would be summed over all devices: see jax.lax.pcast.
+            meta, data = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "task", to="varying"), (meta, data))
+            direction, metrics, finite = over(meta, data, *pieces)
+            return jax.lax.psum(direction, "task"), metrics, finite
+
+        shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("task")
+        return jax.shard_map(
+            per_device, mesh=mesh, in_specs=(shared, shared, split, split, split), out_specs=(shared, split, split)
+        )(meta, data, specs, weights, keys)
+
+    def step(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
+        propose_key, tasks_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        specs, weights = sampler.propose(state.sampler, data, propose_key)
+        keys = task_keys(tasks_key, weights.shape[0])
+        direction, per_task, finite = sharded(state.meta, data, specs, weights, keys)
+        kept = jnp.where(finite, weights, 0.0)
+        scale = weights.sum() / jnp.where(finite.any(), kept.sum(), 1.0)
+        direction = jax.tree.map(lambda leaf: leaf * scale, direction)
+        still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
+        direction = {name: (direction | still)[name] for name in state.meta}
+        updates, opt = optimizer.update(direction, state.opt, state.meta)
+        meta = optax.apply_updates(state.meta, updates)
+        decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
+        average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta)
+        good = finite.any() & _all_finite((meta, average))
+        meta, average, opt = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (meta, average, opt), (state.meta, state.average, state.opt)
+        )
+        first = jnp.argmin(finite)
+        metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, kept), per_task) | {
+            "grad_norm": optax.global_norm(direction),
+            "num_nonfinite": (~finite).sum(),
+            "finite_share": finite.mean(),
+            "bad_task": jnp.where(finite.all(), -1, first),
+            "bad_inner_step": jnp.where(finite.all(), -1, _first_bad(per_task)[first]),
+        }
+        sampler_state = sampler.update(state.sampler, specs, _scores(per_task))
+        return TrainState(state.step + 1, meta, average, opt, sampler_state, state.key), metrics
+
+    return step
+
+
+def run_chunk(step: Step, num_steps: int) -> Step:
+    """Return the jitted function that takes `num_steps` meta-steps in one dispatch; the state given is donated.
+
+    Returns:
+        (state, data) -> (state, metrics), each metric [num_steps, ...].
+    """
+
+    def chunk(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, _: step(state, data), state, length=num_steps)
+
+    return jax.jit(chunk, donate_argnums=0)
+
+
+def outer_optimizer(
+    rate: float, num_steps: int, *, warmup: int = 0, clip: float = 0.0, rate_of_rates: float | None = None
+) -> optax.GradientTransformation:
+    """Return Adam with linear warm-up, cosine decay to zero and clipping by the global norm.
+
+    Args:
+        rate: peak rate.
+        num_steps: meta-steps of the run.
+        warmup: meta-steps of the linear warm-up.
+        clip: largest global norm, of the learned log-rates and of the rest apart; 0 clips nothing.
+        rate_of_rates: peak rate of the learned log-rates, which have further to go than weights; `rate` if None.
+
+    Raises:
+        ValueError: a rate that is not positive, or a warm-up longer than the run.
+    """
+    if not rate > 0 or (rate_of_rates is not None and not rate_of_rates > 0) or clip < 0:
+        raise ValueError(f"expected positive rates and clip >= 0, got {rate}, {rate_of_rates}, clip={clip}")
+    if not 0 <= warmup < num_steps:
+        raise ValueError(f"the warm-up must be shorter than the run of {num_steps} meta-steps, got {warmup}")
+
+    def rule(peak: float) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(peak / max(warmup, 1), peak, warmup, num_steps)
+        bound = optax.clip_by_global_norm(clip) if clip else optax.identity()
+        return optax.chain(bound, optax.adam(schedule))
+
+    def labels(params: Params) -> dict[str, str]:
+        return {name: "rates" if name.endswith(f"/{LOG_RATE}") else "weights" for name in params}
+
+    return optax.partition({"weights": rule(rate), "rates": rule(rate_of_rates or rate)}, labels)
+
+
+class Divergence(RuntimeError):
+    """Meta-training was stopped because its tasks kept losing finiteness."""
+
+
+def train(
+    step: Step,
+    state: TrainState,
+    data: Any,
+    num_steps: int,
+    *,
+    chunk: int = 50,
+    on_chunk: Callable[[TrainState, Metrics], None] = lambda state, metrics: None,
+    patience: int = 5,
+) -> TrainState:
+    """Take meta-steps until `num_steps` have been taken since the run began.
+
+    Args:
+        step: of `make_step`.
+        state: where to go on from; it is donated.
+        data: the family's arrays.
+        num_steps: of the whole run.
+        chunk: meta-steps per dispatch; the largest divisor of what is left that is not above it is used.
+        on_chunk: called after each dispatch with the state and the metrics [chunk, ...] as NumPy arrays.
+        patience: stop after this many meta-steps in a row in which half of the tasks or more were not finite.
+
+    Raises:
+        Divergence: with the meta-step, the task and the inner step, and what to do.
+    """
+    left = num_steps - int(state.step)
+    if left <= 0:
+        return state
+    size = max(n for n in range(1, min(chunk, left) + 1) if left % n == 0)
+    run, failures = run_chunk(step, size), 0
+    for _ in range(left // size):
+        begin = int(state.step)
+        state, metrics = run(state, data)
+        metrics = jax.device_get(metrics)
+        on_chunk(state, metrics)
+        for offset in range(size):
+            failed = metrics["finite_share"][offset] <= 0.5
+            failures = failures + 1 if failed else 0
+            if failures >= patience:
+                raise Divergence(_advice(begin + offset, {name: value[offset] for name, value in metrics.items()}))
+    return state
+
+
+def _advice(step: int, metrics: Any) -> str:
+    inner = int(metrics["bad_inner_step"])
+    where = "on the query, after the inner loop" if inner < 0 else f"at inner step {inner}"
+    return (
+        f"meta-step {step}: {int(metrics['num_nonfinite'])} tasks are not finite, the first of them task "
+        f"{int(metrics['bad_task'])} {where}, and so it was for several meta-steps in a row. The inner rate is too large "
+        "for this loss (losses are in nats per image, summed over pixels): divide it by ten; clipping or a smaller "
+        "outer rate help where it happens only late in training"
+    )
+
+
+def _all_finite(tree: ArrayTree) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _weighted_mean(values: Array, weights: Array) -> Array:
+    """Return the mean over the first axis, of those with weight only: others may not be finite."""
+    weights = weights.reshape(-1, *(1,) * (values.ndim - 1))
+    total = weights.sum()
+    return jnp.where(weights > 0, weights * values, 0.0).sum(0) / jnp.where(total > 0, total, jnp.nan)
+
+
+def _scores(metrics: Metrics) -> Array:
+    """Return each task's loss on the query [T], or on the support at the last step where the query is not scored."""
+    query = query_losses(metrics)
+    return sum(query) if query else sum(value[:, -1] for value in query_losses(metrics, "support/"))  # type: ignore
+
+
+def _first_bad(metrics: Metrics) -> Array:
+    """Return for each task the first inner step whose support loss is not finite [T], -1 if there is none."""
+    traces = [value for value in query_losses(metrics, "support/") if value.shape[1]]
+    if not traces:
+        return jnp.full(jax.tree.leaves(metrics)[0].shape[0], -1)
+    bad = ~jnp.isfinite(jnp.stack(traces)).all(0)
+    return jnp.where(bad.any(1), jnp.argmax(bad, 1), -1)
