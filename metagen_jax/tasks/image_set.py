@@ -6,6 +6,8 @@ Images lie class after class in one array; class c owns rows start[c] to start[c
 
 import hashlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ class ImageBank(NamedTuple):
 
     images: Array  # [total, H, W, C] uint8, 0 to 255; characters are 255 where there is ink
     start: Array  # [C] int32, first row of each class
-    count: Array  # [C] int32, images of each class
+    count: Array  # type: ignore[assignment]  # [C] int32, images of each class
 
 
 class ImageSet(NamedTuple):
@@ -30,7 +32,7 @@ class ImageSet(NamedTuple):
 
     name: str  # source, and whatever distinguishes this preparation of it
     images: np.ndarray  # [total, H, W, C] uint8
-    count: np.ndarray  # [C] int32, all > 0, sum = total
+    count: np.ndarray  # type: ignore[assignment]  # [C] int32, all > 0, sum = total
     class_names: tuple[str, ...]  # [C], unique
     groups: tuple[str, ...]  # [C], the alphabet or script of each class ("" where there is none)
     binary: bool  # every pixel is 0 or 255
@@ -44,7 +46,7 @@ class ImageSet(NamedTuple):
     @property
     def event(self) -> tuple[int, int, int]:
         """Shape (H, W, C) of one image."""
-        return self.images.shape[1:]  # type: ignore[return-value]
+        return self.images.shape[1:]
 
     def bank(self) -> ImageBank:
         """Return the device form."""
@@ -98,7 +100,7 @@ def save(images: ImageSet, path: Path) -> None:
     header = {"format": FORMAT, "name": images.name, "shape": images.images.shape, "binary": images.binary}
     header |= {"class_names": images.class_names, "groups": images.groups, "note": images.note}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial.npz")
+    temporary = path.with_suffix(f".{os.getpid()}.partial.npz")  # two processes may make the same set
     np.savez_compressed(temporary, pixels=pixels, count=images.count, header=json.dumps(header))
     temporary.replace(path)
 
@@ -113,22 +115,21 @@ def load(path: Path) -> ImageSet:
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             pixels, count = file["pixels"], file["count"]
+        version, shape = header["format"], tuple(header["shape"])
+        if version == FORMAT:
+            if header["binary"]:
+                pixels = np.unpackbits(pixels, count=math.prod(shape)) * np.uint8(255)
+            names, groups = tuple(header["class_names"]), tuple(header["groups"])
+            loaded = ImageSet(
+                header["name"], pixels.reshape(shape), count, names, groups, header["binary"], header["note"]
+            )
+            if not len(names) == len(groups) == len(count) or count.sum() != shape[0]:
+                raise ValueError("its parts do not fit together")
+            return loaded
     except Exception as error:
-        raise ValueError(f"{path} is not an image-set file of this package ({error}); delete it to have it made again")
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path} has format {header['format']}, this version reads {FORMAT}; delete it")
-    shape = tuple(header["shape"])
-    if header["binary"]:
-        pixels = np.unpackbits(pixels, count=int(np.prod(shape))) * np.uint8(255)
-    return ImageSet(
-        header["name"],
-        pixels.reshape(shape),
-        count,
-        tuple(header["class_names"]),
-        tuple(header["groups"]),
-        header["binary"],
-        header["note"],
-    )
+        message = f"{path} is not an image-set file of this package ({error}); delete it to have it made again"
+        raise ValueError(message) from error
+    raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; delete it")
 
 
 def digest(images: ImageSet) -> str:

@@ -17,10 +17,10 @@ import numpy as np
 
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.sources.glyphs import TEST_SCRIPTS, VALIDATION_SCRIPTS
+from metagen_jax.tasks.sources.omniglot import CANONICAL_INDEX
 
 FORMAT = 1
 PARTS = ("train", "validation", "test")
-OMNIGLOT_INDEX = Path(__file__).parent / "split_files" / "omniglot.json"
 
 
 class Split(NamedTuple):
@@ -99,7 +99,7 @@ def canonical(images: ImageSet) -> Split:
     """
     source = _source(images)
     if source in ("omniglot", "omniglot_gmn"):
-        return read(OMNIGLOT_INDEX, images)
+        return read(CANONICAL_INDEX, images)
     if source == "glyphs":
         present = set(images.groups)
         test = [script for script in TEST_SCRIPTS if script in present]

@@ -5,7 +5,8 @@ joined to a point of an earlier one. A drawing is that character with jittered c
 Image, pen trajectory and stroke program all come from the drawing's `StrokeProgram`, so that models of images and of
 sequences share their classes.
 
-    point(t) = (1-t)^3 c0 + 3 t (1-t)^2 c1 + 3 t^2 (1-t) c2 + t^3 c3,    ink(p) = min over strokes, t |p - point(t)| <= width / 2
+    point(t) = (1-t)^3 c0 + 3 t (1-t)^2 c1 + 3 t^2 (1-t) c2 + t^3 c3
+    ink(p) = min over strokes, t |p - point(t)| <= width / 2
 
 All randomness of a character, and of a drawing, is one vector, cut into pieces: each further `jax.random` call would
 add to the compile time. Coordinates: the unit square, x to the right, y downwards.

@@ -18,7 +18,16 @@ NAMES = ("glyphs", "digits", "omniglot", "omniglot_gmn", "mnist", "tfds:NAME", "
 VERSION = 1  # raise when a source's pixels change, so that cached files are made again
 
 __all__ = [
-    "NAMES", "digits", "folder", "glyphs", "load", "mnist", "omniglot", "omniglot_gmn", "read_images", "tfds_images",
+    "NAMES",
+    "digits",
+    "folder",
+    "glyphs",
+    "load",
+    "mnist",
+    "omniglot",
+    "omniglot_gmn",
+    "read_images",
+    "tfds_images",
 ]
 
 
@@ -53,7 +62,9 @@ def load(name: str, *, data_dir: Path | str | None = None, download: bool = Fals
         return folder(name, **options)
     near = get_close_matches(name, NAMES, n=3, cutoff=0.4)
     raise ValueError(
-        f"unknown data set {name!r}" + (f"; nearest: {', '.join(near)}" if near else "") + f". Known: {', '.join(NAMES)}"
+        f"unknown data set {name!r}"
+        + (f"; nearest: {', '.join(near)}" if near else "")
+        + f". Known: {', '.join(NAMES)}"
     )
 
 

@@ -9,11 +9,10 @@ import numpy as np
 from metagen_jax.tasks.image_set import ImageSet, image_set
 from metagen_jax.tasks.resize import binarise, grey, linear_weights, resize
 
-
 MARGIN = 1 / 7  # of an enlarged image, on each side: the originals touch their border
 
 
-def digits(*, size: int = 28, threshold: float | None = 0.45) -> ImageSet:
+def digits(*, size: int = 28, threshold: float | None = 0.5) -> ImageSet:
     """Read the digits, by default enlarged to 28x28 and binary so that the models for characters run on them.
 
     Args:

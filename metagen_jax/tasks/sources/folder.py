@@ -54,8 +54,7 @@ def folder(
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise ValueError(
-            f"{path} has no folders in it; expected one folder per class, each with pictures "
-            f"({', '.join(SUFFIXES)})"
+            f"{path} has no folders in it; expected one folder per class, each with pictures ({', '.join(SUFFIXES)})"
         )
     if loose := [entry.name for entry in path.iterdir() if entry.is_file() and entry.suffix.lower() in SUFFIXES]:
         warnings.warn(f"{path}: {len(loose)} pictures lie outside the class folders and are skipped", stacklevel=2)

@@ -24,6 +24,7 @@ from metagen_jax.tasks.sources.tfds_images import NEEDS_TFDS, tfds_images
 
 ORIGIN = "https://github.com/brendenlake/omniglot/raw/master/python/"
 VERSION = "3.0.0"
+CANONICAL_INDEX = Path(__file__).parents[1] / "split_files" / "omniglot.json"  # class names in the order of the labels
 MAX_PNG, MAX_ZIP = 1 << 14, 1 << 25  # bytes; the largest drawing has 486, the largest archive 9.5 million
 MEMBER = re.compile(r"images_(?:background|evaluation)[a-z0-9_]*/([\w()' -]+)/character(\d\d)/(\d{4})_(\d\d)\.png")
 
@@ -38,9 +39,7 @@ class Archive(NamedTuple):
 
 
 ARCHIVES = (
-    Archive(
-        "images_background.zip", "train", 964, "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640"
-    ),
+    Archive("images_background.zip", "train", 964, "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640"),
     Archive("images_evaluation.zip", "test", 659, "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee"),
     Archive(
         "images_background_small1.zip",
@@ -146,7 +145,9 @@ def fetch(folder: Path | str) -> Path:
             with urllib.request.urlopen(ORIGIN + archive.file, timeout=60) as response:
                 content = response.read(MAX_ZIP)
         except OSError as error:
-            raise ValueError(f"{ORIGIN}{archive.file} cannot be read ({error}); give data_dir, a local folder") from error
+            raise ValueError(
+                f"{ORIGIN}{archive.file} cannot be read ({error}); give data_dir, a local folder"
+            ) from error
         if (arrived := hashlib.sha256(content).hexdigest()) != archive.sha256:
             raise ValueError(f"{ORIGIN}{archive.file}: expected sha256 {archive.sha256}, got {arrived}; not used")
         path.write_bytes(content)
@@ -238,11 +239,14 @@ def _builder_class() -> Any:
 
             def _generate_examples(self, found):
                 for drawing in found:
-                    yield f"{drawing.alphabet}_{drawing.character}_{drawing.file}", {
-                        "image": drawing.png,
-                        "alphabet": drawing.alphabet,
-                        "alphabet_char_id": drawing.character,
-                        "label": drawing.label,
-                    }
+                    yield (
+                        f"{drawing.alphabet}_{drawing.character}_{drawing.file}",
+                        {
+                            "image": drawing.png,
+                            "alphabet": drawing.alphabet,
+                            "alphabet_char_id": drawing.character,
+                            "label": drawing.label,
+                        },
+                    )
 
     return Omniglot

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from metagen_jax.tasks.image_set import ImageSet, image_set
-from metagen_jax.tasks.splits import OMNIGLOT_INDEX
+from metagen_jax.tasks.sources.omniglot import CANONICAL_INDEX
 
 FILES = {"train_small.npz": "images_background", "test_small.npz": "images_evaluation"}
 ORIGIN = "the repository github.com/sbos/gmn, folder data"
@@ -35,7 +35,7 @@ def omniglot_gmn(data_dir: Path | str | None) -> ImageSet:
     found: dict[str, np.ndarray] = {}
     for file, folder in FILES.items():
         found |= _read(Path(data_dir).expanduser() / file, folder)
-    index = json.loads(OMNIGLOT_INDEX.read_text(encoding="utf-8"))
+    index = json.loads(CANONICAL_INDEX.read_text(encoding="utf-8"))
     names = [*index["train"], *index["validation"], *index["test"]]
     if set(names) != set(found):
         missing = sorted(set(names) - set(found))

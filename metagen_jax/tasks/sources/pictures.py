@@ -37,8 +37,9 @@ def decode(source: Path | bytes, channels: int, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we count ourselves, below
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        with image:
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with opened:
+            image: Image.Image = opened
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
             if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip

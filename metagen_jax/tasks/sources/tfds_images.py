@@ -115,7 +115,7 @@ def _builder(dataset: str, data_dir: Path | str | None, download: bool) -> Any:
     if not builder.is_prepared():
         if not download:
             raise ValueError(
-                f"{dataset} is not prepared in {builder.data_dir}; allow download=True, or give the data_dir that has it"
+                f"{dataset} is not prepared in {builder.data_dir}; give the data_dir that has it, or allow download"
             )
         try:
             builder = tfds.builder(dataset, data_dir=where, try_gcs=False, file_format="array_record")

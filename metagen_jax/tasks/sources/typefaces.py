@@ -22,17 +22,40 @@ import numpy as np
 from metagen_jax.tasks.resize import resize
 
 SCRIPTS = (
-    "LATIN GREEK CYRILLIC ARMENIAN HEBREW ARABIC LAO GEORGIAN CANADIAN COPTIC LISU OLD"  # OLD is Old Italic
-).split()
+    "LATIN",
+    "GREEK",
+    "CYRILLIC",
+    "ARMENIAN",
+    "HEBREW",
+    "ARABIC",
+    "LAO",
+    "GEORGIAN",
+    "CANADIAN",  # Aboriginal syllabics
+    "COPTIC",
+    "LISU",
+    "OLD",  # Italic
+)
 FACES = (
-    "DejaVuSans DejaVuSansMono DejaVuSerif STIXGeneral "
-    "DejaVuSans-Oblique DejaVuSansMono-Oblique DejaVuSerif-Italic STIXGeneralItalic"
-).split()
+    "DejaVuSans",
+    "DejaVuSansMono",
+    "DejaVuSerif",
+    "STIXGeneral",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSerif-Italic",
+    "STIXGeneralItalic",
+)
 """The faces that are drawn. Bold ones are counted in `MIN_FACES` but never drawn: their weight dominates everything."""
 BOLD_FACES = (
-    "DejaVuSans-Bold DejaVuSansMono-Bold DejaVuSerif-Bold STIXGeneralBol "
-    "DejaVuSans-BoldOblique DejaVuSansMono-BoldOblique DejaVuSerif-BoldItalic STIXGeneralBolIta"
-).split()
+    "DejaVuSans-Bold",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif-Bold",
+    "STIXGeneralBol",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif-BoldItalic",
+    "STIXGeneralBolIta",
+)
 MIN_FACES = 4
 LOOK_ALIKE = 0.25
 LONGER_SIDE = 100  # pixels of a mask's longer side
@@ -123,8 +146,9 @@ def _mask(font, character: str) -> np.ndarray | None:
         return None
     image = image.crop(box)
     scale = LONGER_SIDE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    return np.asarray(image.resize(size, resample=Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)) > 127
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    smooth = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
+    return np.asarray(image.resize(size, resample=smooth)) > 127
 
 
 def _reference(mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,151 @@
+"""From a configuration to functions: data and splits, model, learner, outer rule."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metagen_jax.adapt.starts import fixed, per_parameter, per_step
+from metagen_jax.config import DataConfig, ModelConfig, TrainConfig
+from metagen_jax.meta.learners import MetaLearner, anil, fomaml, joint, maml, meta_sgd, reptile
+from metagen_jax.models.likelihoods import bernoulli, gaussian
+from metagen_jax.models.networks import conv_decoder, conv_encoder, mlp
+from metagen_jax.models.vae import PLAYERS, Vae, vae
+from metagen_jax.tasks.episodes import episodes
+from metagen_jax.tasks.family import Spec, TaskFamily
+from metagen_jax.tasks.image_set import ImageSet
+from metagen_jax.tasks.sources import load
+from metagen_jax.tasks.splits import Split, by_class, by_group, default
+from metagen_jax.tasks.strokes import CLASSES, strokes
+from metagen_jax.train import outer_optimizer
+
+
+class Parts(NamedTuple):
+    """The classes of a source, by what they are for; a procedural source has no images of its own."""
+
+    images: ImageSet | None
+    split: Split | None
+    event: tuple[int, int, int]  # H, W, C
+    binary: bool
+
+
+def parts(config: DataConfig) -> Parts:
+    """Load the source and split its classes.
+
+    Raises:
+        ValueError: an unknown source, or whatever the source refuses.
+    """
+    if config.source == "strokes":
+        return Parts(None, None, (28, 28, 1), True)
+    options = {"size": config.size} if Path(config.source).expanduser().is_dir() else {}
+    images = load(config.source, data_dir=config.data_dir, **options)
+    if config.hold_out:
+        split = by_group(images, test=config.hold_out)
+    else:
+        split = by_class(images, seed=0) if config.split == "class" else default(images)
+    return Parts(images, split, images.event, images.binary)
+
+
+def family(data: Parts, part: str, shots: int | tuple[int, int], query: int) -> TaskFamily:
+    """Return the tasks of one part of the split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: too few images in a class, or no class in that part.
+    """
+    if data.images is None:
+        return strokes(shots, query, split=part)
+    return episodes(take(data, part), shots, query)
+
+
+def take(data: Parts, part: str) -> ImageSet:
+    """Return the classes of one part of the split."""
+    if data.images is None:
+        raise ValueError("procedural strokes have no stored images to take")
+    classes = getattr(data.split, part)
+    if not len(classes):
+        raise ValueError(f"{data.images.name} has no {part} classes in the split {data.split.kind!r}")  # type: ignore
+    return data.images.take(classes)
+
+
+def specs(data: Parts, part: str, num: int | None = None) -> Spec:
+    """Return one description per class of a part [C, 1], at most `num` of them, evenly spread.
+
+    A procedural source has as many classes as are asked for (200 if none are).
+    """
+    if data.images is None:
+        return (CLASSES[part][0] + jnp.arange(num or 200, dtype=jnp.int32))[:, None]
+    total = take(data, part).num_classes
+    chosen = np.arange(total) if num is None or num >= total else np.linspace(0, total - 1, num).round().astype(int)
+    return jnp.asarray(chosen, jnp.int32)[:, None]
+
+
+def model(config: ModelConfig, event: tuple[int, int, int], binary: bool) -> Vae:
+    """Return the generative model for images of this shape.
+
+    Raises:
+        ValueError: a Bernoulli likelihood for images that are not binary.
+    """
+    if config.likelihood == "bernoulli" and not binary:
+        raise ValueError("a Bernoulli likelihood needs binary images, and these have greys; use gaussian, or auto")
+    is_bernoulli = config.likelihood == "bernoulli" or (config.likelihood == "auto" and binary)
+    if config.network == "mlp":
+        encoder = mlp(event, config.hidden, (2 * config.latents,))
+        decoder = mlp((config.latents,), config.hidden[::-1], event)
+    else:
+        encoder = conv_encoder(event, config.hidden, 2 * config.latents)
+        decoder = conv_decoder(config.latents, config.hidden, event)
+    likelihood = bernoulli() if is_bernoulli else gaussian()
+    return vae(encoder, decoder, likelihood, config.latents, beta=config.beta)
+
+
+def learner(config: TrainConfig, built: Vae) -> MetaLearner:
+    """Return the meta-learner.
+
+    Raises:
+        ValueError: rates or moving players that the learner cannot have.
+    """
+    inner, name = config.inner, config.learner
+    players = tuple(PLAYERS) if "all" in inner.moves else inner.moves
+    unknown = [player for player in players if player not in PLAYERS]
+    if unknown:
+        raise ValueError(f"unknown players {unknown} in inner.moves; the model has {', '.join(PLAYERS)}, or all")
+    rates = {player: inner.prior_rate if player == "prior" else inner.rate for player in players}
+    options = {"inner_grad": inner.inner_grad, "remat": inner.remat}
+    plain = fixed(sgd(rates))
+    if name in ("joint", "reptile"):
+        if inner.rates not in ("auto", "fixed"):
+            raise ValueError(f"{name} has fixed inner rates, got inner.rates={inner.rates!r}")
+        if name == "joint":
+            return joint(built.model, plain, inner.steps, players=players)
+        return reptile(built.model, fixed(sgd(dict.fromkeys(PLAYERS, inner.rate) | {"prior": inner.prior_rate})), inner.steps)
+    if name == "meta_sgd":
+        return meta_sgd(built.model, rates, inner.steps, players=players, **options)
+    kind = "per_step" if inner.rates == "auto" else inner.rates
+    if kind == "fixed":
+        start = plain
+    elif kind == "per_parameter":
+        start = per_parameter(rates, players)
+    else:
+        start = per_step(max(inner.steps, 1), rates, players)
+    if name == "fomaml":
+        return fomaml(built.model, start, inner.steps, players=players)
+    if name == "anil":
+        return anil(built.model, start, inner.steps, head=players, **options)
+    return maml(built.model, start, inner.steps, players=players, **options)
+
+
+def sgd(rates: dict[str, float]) -> optax.GradientTransformation:
+    """Return gradient descent with one fixed rate for each player."""
+    return optax.partition(
+        {player: optax.sgd(rate) for player, rate in rates.items()}, lambda params: {name: name for name in params}
+    )
+
+
+def outer(config: TrainConfig) -> optax.GradientTransformation:
+    """Return the outer rule."""
+    o = config.outer
+    return outer_optimizer(
+        o.rate, o.steps, warmup=min(o.warmup, o.steps - 1), clip=o.clip, rate_of_rates=o.rate_of_rates
+    )
