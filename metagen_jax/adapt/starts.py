@@ -27,6 +27,7 @@ class Start:
     begin: Callable[[Params], tuple[Params, optax.GradientTransformation]]  # meta -> (params, rule)
     extend: Callable[[Params], Params]  # fresh model parameters -> meta-parameters
     rules: tuple[optax.GradientTransformation, ...]  # the fixed rules in it, each checked before it is differentiated
+    learns: bool = False  # whether it adds players of its own to the meta-parameters
 
     def __call__(self, meta: Params, /) -> tuple[Params, optax.GradientTransformation]:
         """Return `begin(meta)`."""
@@ -127,7 +128,7 @@ def learned(
             raise ValueError(f"the learned rule reads its parameters from player {player!r}, but meta has {list(meta)}")
         return {name: tree for name, tree in meta.items() if name != player}, rule(meta[player])
 
-    return Start(begin, lambda params: {**params, player: initial}, ())
+    return Start(begin, lambda params: {**params, player: initial}, (), learns=True)
 
 
 def _learned_rates(
@@ -158,7 +159,7 @@ def _learned_rates(
         params = {name: tree for name, tree in meta.items() if name not in owners}
         return params, optax.chain(direction or optax.identity(), _descend(log_rates, at))
 
-    return Start(begin, extend, () if direction is None else (direction,))
+    return Start(begin, extend, () if direction is None else (direction,), learns=True)
 
 
 def _descend(log_rates: Params, at: Callable[[Array, Array], Array]) -> optax.GradientTransformation:

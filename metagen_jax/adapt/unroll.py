@@ -129,10 +129,14 @@ def _inner_loop(
         players = tuple(jax.eval_shape(lambda *arguments: field(*arguments)[0], params, key, support))
     moving = {name: params[name] for name in players}
 
+    # Raw bits rather than a key: differentiation and recomputation use a step's noise again, and mean to.
+    bits, kind = jax.random.key_data(key), jax.random.key_impl(key)
+
     def step(carry: Carry, index: Array) -> tuple[Carry, Metrics]:
         moving, state = carry
         with jax.named_scope("inner_step"):
-            direction, metrics = take({**params, **moving}, jax.random.fold_in(key, index), support)
+            step_key = jax.random.fold_in(jax.random.wrap_key_data(bits, impl=kind), index)
+            direction, metrics = take({**params, **moving}, step_key, support)
             if first_order:  # the one place where the inner loop drops second derivatives
                 direction = jax.lax.stop_gradient(direction)
             updates, state = rule.update(direction, state, moving)

@@ -75,7 +75,7 @@ def reptile(model: Model, start: AnyStart, num_steps: int) -> MetaLearner:
 
     Source: Nichol, Achiam & Schulman, On First-Order Meta-Learning Algorithms, 2018, algorithm 1.
     """
-    if isinstance(start, Start) and len(start.extend({})) > 0:
+    if isinstance(start, Start) and start.learns:
         raise ValueError("Reptile's displacement cannot teach a start with learned parameters; use fixed(...)")
     field = vector_field(model.game)
     adapt = unroll(field, start, num_steps, first_order=True)

@@ -112,7 +112,7 @@ def load(path: Path) -> ImageSet:
         ValueError: the file is not such a file, or of another format version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             pixels, count = file["pixels"], file["count"]
         version, shape = header["format"], tuple(header["shape"])

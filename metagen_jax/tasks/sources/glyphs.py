@@ -59,9 +59,9 @@ def glyphs(*, num_drawings: int = 20, size: int = 28, seed: int = 0, scripts: Se
 def drawings(letter: Letter, num: int, size: int, seed: int) -> np.ndarray:
     """Return num drawings of one letter, uint8 [num, size, size], 255 where there is ink."""
     rng = np.random.default_rng([seed, letter.codepoint])
-    weights = [_weights(mask) for mask in letter.masks]
-    order = rng.permutation(len(letter.masks))  # every face before any face twice
-    fine = np.stack([_drawing(weights[order[i % len(order)]], rng) for i in range(num)])
+    faces = rng.permutation(len(letter.masks))[:num]  # every face before any face twice
+    weights = [_weights(letter.masks[face]) for face in faces]
+    fine = np.stack([_drawing(weights[i % len(faces)], rng) for i in range(num)])
     return binarise(resize(fine[rng.permutation(num)], (size, size)))
 
 

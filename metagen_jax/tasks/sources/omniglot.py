@@ -139,7 +139,7 @@ def fetch(folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for archive in ARCHIVES:
         path = folder / archive.file
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == archive.sha256:
+        if path.is_file() and _sha256(path.read_bytes()) == archive.sha256:
             continue
         try:
             with urllib.request.urlopen(ORIGIN + archive.file, timeout=60) as response:
@@ -148,7 +148,7 @@ def fetch(folder: Path | str) -> Path:
             raise ValueError(
                 f"{ORIGIN}{archive.file} cannot be read ({error}); give data_dir, a local folder"
             ) from error
-        if (arrived := hashlib.sha256(content).hexdigest()) != archive.sha256:
+        if (arrived := _sha256(content)) != archive.sha256:
             raise ValueError(f"{ORIGIN}{archive.file}: expected sha256 {archive.sha256}, got {arrived}; not used")
         path.write_bytes(content)
     return folder
@@ -208,6 +208,10 @@ def _prepared(data_dir: Path | str | None, download: bool) -> Path | None:
         prepare(fetch(cache.directory() / "downloads"), kept)
         return kept
     return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _has(folder: Path) -> bool:

@@ -59,7 +59,7 @@ def _read(path: Path, folder: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not there; expected {' and '.join(FILES)} of {ORIGIN}")
     found = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             for key in file.files:
                 found[key.removeprefix(f"{folder}/")] = file[key]
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:

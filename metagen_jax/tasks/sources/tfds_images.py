@@ -140,7 +140,7 @@ def _features(info: Any, label: str, group: str | None) -> tuple[str, Any, Any]:
         raise ValueError(f"{info.name}: expected one image feature, got {images or 'none'} of {', '.join(features)}")
     for name in [label] if group is None else [label, group]:
         if not isinstance(features.get(name), tfds.features.ClassLabel):
-            known = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+            known = [key for key, feature in sorted(features.items()) if isinstance(feature, tfds.features.ClassLabel)]
             raise ValueError(f"{info.name}: {name!r} is not a class feature; those are {', '.join(known) or 'none'}")
     return images[0], features[label], None if group is None else features[group]
 

@@ -134,17 +134,17 @@ def _file(face: str) -> Path:
 
 def _mask(font, character: str) -> np.ndarray | None:
     """Return the letter's ink, cropped and scaled, or None where the face draws nothing."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    left, top, right, bottom = font.getbbox(character)
+    left, top, right, bottom = (int(side) for side in font.getbbox(character))
     if right <= left or bottom <= top:
         return None
-    ink = font.getmask(character, mode="L")
-    image = Image.frombytes("L", ink.size, bytes(ink))
-    box = image.point(lambda value: 255 * (value > 127)).getbbox()
-    if box is None:
+    image = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(image).text((-left, -top), character, fill=255, font=font)
+    rows, columns = np.nonzero(np.asarray(image) > 127)
+    if not len(rows):
         return None
-    image = image.crop(box)
+    image = image.crop((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
     scale = LONGER_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR

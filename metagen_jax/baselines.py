@@ -1,0 +1,207 @@
+"""What meta-learning is compared with: the same network, the same episodes, the same number of gradient steps.
+
+| baseline        | begins with                    | then, on the support                                      |
+|-----------------|--------------------------------|-----------------------------------------------------------|
+| joint           | ordinary training on all tasks | nothing                                                   |
+| fine-tuned      | the same                       | K steps, at the best of RULES on classes held out         |
+| scratch (SGD)   | random weights                 | K steps of SGD over all weights, at its best rate         |
+| scratch (Adam)  | random weights                 | K steps of Adam over all weights, at its best rate        |
+
+Joint training gets as many gradients of images as meta-training took, inner steps included: from the warm start where
+there was one, a meta-step of K steps on N support and Q query images counting as (K N + Q) / (N + Q) joint steps.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metagen_jax import build
+from metagen_jax.adapt.starts import learned
+from metagen_jax.config import TrainConfig
+from metagen_jax.games import vector_field
+from metagen_jax.meta.learners import MetaLearner, joint
+from metagen_jax.metrics.likelihood import bounds
+from metagen_jax.models.vae import PLAYERS, Vae
+from metagen_jax.adapt.unroll import unroll
+from metagen_jax.tasks.family import Spec, TaskFamily
+from metagen_jax.tasks.samplers import uniform
+from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
+from metagen_jax.types import Array, Key, Metrics, Params
+
+RULE = "rule"
+NUM_SAMPLES = 5  # of the ELBO by which rates are chosen
+
+
+class Rule(NamedTuple):
+    """A way to take gradient steps: one rate for each player, zero for those that stay."""
+
+    name: str
+    sgd: dict[str, float]
+    adam: dict[str, float]
+
+
+def rules(optimizer: str, rates: Sequence[float], players: Sequence[str], what: str) -> list[Rule]:
+    """Return one rule for each rate: "sgd" or "adam" on these players, called `what` in the name."""
+    still = dict.fromkeys(PLAYERS, 0.0)
+    moving = [{**still, **dict.fromkeys(players, rate)} for rate in rates]
+    names = [f"{optimizer} on {what} at {rate:g}" for rate in rates]
+    if optimizer == "sgd":
+        return [Rule(name, move, still) for name, move in zip(names, moving, strict=True)]
+    return [Rule(name, still, move) for name, move in zip(names, moving, strict=True)]
+
+
+SCRATCH_SGD = rules("sgd", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), PLAYERS, "all weights")
+SCRATCH_ADAM = rules("adam", (1e-3, 3e-3, 1e-2, 3e-2), PLAYERS, "all weights")
+FINE_TUNING = [
+    *rules("sgd", (3e-5, 1e-4, 3e-4, 1e-3), PLAYERS, "all weights"),
+    *rules("adam", (1e-4, 3e-4, 1e-3, 3e-3), PLAYERS, "all weights"),
+    *rules("sgd", (1e-2, 1e-1), ("prior",), "the prior"),
+    *rules("adam", (3e-3, 1e-2, 3e-2), ("modulation", "prior"), "modulation and prior"),
+]
+
+
+def joint_steps(config: TrainConfig) -> int:
+    """Return how many joint steps take as many image gradients as the run's meta-steps did."""
+    shots, query = config.shots[1], config.query
+    if config.learner == "joint":
+        return config.outer.steps
+    return math.ceil(config.outer.steps * (config.inner.steps * shots + query) / (shots + query))
+
+
+def train_joint(
+    config: TrainConfig,
+    family: TaskFamily,
+    built: Vae,
+    num_steps: int,
+    key: Key,
+    *,
+    begin: Params | None = None,
+    on_chunk: Callable[[TrainState, Metrics], None] = lambda state, metrics: None,
+) -> Params:
+    """Train the model on the tasks' images as one batch and return its averaged parameters.
+
+    Args:
+        config: its outer section gives tasks, clipping, averaging, warm-up and `warm_start_rate`.
+        family: the training tasks.
+        built: the model.
+        num_steps: of Adam; 0 returns what it would begin with.
+        key: of the initial weights and of the run.
+        begin: parameters to begin with; None for random ones.
+        on_chunk: of `train`.
+
+    Raises:
+        Divergence: the loss lost finiteness.
+    """
+    learner = build.learner(joint_config(config), built)
+    init_key, state_key = jax.random.split(key)
+    begin = learner.init(init_key) if begin is None else begin
+    if num_steps == 0:
+        return begin
+    outer = config.outer
+    optimizer = outer_optimizer(
+        outer.warm_start_rate, num_steps, warmup=min(outer.warmup, num_steps - 1), clip=outer.clip
+    )
+    sampler = uniform(family, outer.tasks)
+    step = make_step(learner, family, sampler, optimizer, average_decay=outer.average_decay)
+    state = init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, begin))
+    return train(step, state, family.data, num_steps, on_chunk=on_chunk).average
+
+
+def joint_config(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of joint training of the same model on the same tasks."""
+    return dataclasses.replace(config, learner="joint", inner=dataclasses.replace(config.inner, rates="fixed"))
+
+
+def stepper(built: Vae, num_steps: int) -> MetaLearner:
+    """Return ordinary gradient steps as a learner: its meta-parameters are those of the model and a `Rule` as a player.
+
+    The rates are arguments of one program, so that many of them are tried at the price of one compilation.
+    """
+    return joint(built.model, learned(_rule, player=RULE), num_steps)
+
+
+def with_rule(params: Params, rule: Rule) -> Params:
+    """Return meta-parameters for `stepper`."""
+    return {**params, RULE: {"sgd": _arrays(rule.sgd), "adam": _arrays(rule.adam)}}
+
+
+def choose(
+    candidates: Sequence[Rule],
+    built: Vae,
+    params: Params,
+    family: TaskFamily,
+    specs: Spec,
+    key: Key,
+    num_steps: int,
+) -> Rule:
+    """Return the rule with the best mean ELBO after `num_steps` steps, over tasks that are not the test's.
+
+    A rule that loses finiteness on any task is never chosen.
+
+    Raises:
+        ValueError: every candidate lost finiteness.
+    """
+    scores = _scores(candidates, built, params, family, specs, key, num_steps)
+    if not np.isfinite(scores).any():
+        raise ValueError(f"none of the {len(candidates)} rules stays finite for {num_steps} steps: lower their rates")
+    return candidates[int(np.nanargmax(np.where(np.isfinite(scores), scores, np.nan)))]
+
+
+def _scores(
+    candidates: Sequence[Rule],
+    built: Vae,
+    params: Params,
+    family: TaskFamily,
+    specs: Spec,
+    key: Key,
+    num_steps: int,
+) -> np.ndarray:
+    estimate = bounds(built.latent, NUM_SAMPLES)
+    adapt = unroll(vector_field(built.model.game), learned(_rule, player=RULE), num_steps, first_order=True)
+
+    def one(meta: Params, data: Any, key: Key, spec: Spec) -> Array:
+        make_key, adapt_key, query_key = jax.random.split(key, 3)
+        task = family.make(data, make_key, spec)
+        adapted, _ = adapt(meta, adapt_key, task.support)
+        elbo, _ = estimate(adapted, query_key, task.query.x)
+        return (task.query.weight * elbo).sum() / task.query.weight.sum()
+
+    @jax.jit
+    def score(params: Params, rates: Params, data: Any, keys: Key, specs: Spec) -> Array:
+        def of_rule(rule: Any) -> Array:
+            meta = {**params, RULE: rule}
+            return jax.lax.map(lambda pair: one(meta, data, *pair), (keys, specs), batch_size=8).mean()
+
+        return jax.lax.map(of_rule, rates)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(with_rule({}, rule)[RULE] for rule in candidates))
+    keys = jax.random.split(key, specs.shape[0])
+    return np.asarray(score(params, stacked, family.data, keys, specs))
+
+
+def _rule(rates: Any) -> optax.GradientTransformation:
+    """Return SGD and Adam added up, each with a rate for each player."""
+    adam = optax.scale_by_adam()
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        direction, state = adam.update(updates, state, params)
+        return {
+            player: jax.tree.map(
+                lambda g, d, player=player: -rates["sgd"][player] * g - rates["adam"][player] * d,
+                updates[player],
+                direction[player],
+            )
+            for player in updates
+        }, state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _arrays(rates: dict[str, float]) -> dict[str, Array]:
+    return {player: jnp.float32(rate) for player, rate in rates.items()}

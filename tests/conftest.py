@@ -1,0 +1,40 @@
+"""Every test runs with several CPU devices, rank promotion and key reuse as errors, and 32-bit floats."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import chex
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counter():
+    chex.clear_trace_counter()
+
+
+@pytest.fixture
+def x64():
+    """Run a test in 64-bit floats, for finite differences."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Return the folder of real data, or skip."""
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("METAGEN_SHARED_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data here: set METAGEN_SHARED_DATA to the folder that has omniglot_gmn, omniglot and mnist")
+    return folder
