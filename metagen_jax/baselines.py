@@ -14,7 +14,7 @@ there was one, a meta-step of K steps on N support and Q query images counting a
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,42 +27,36 @@ from metagen_jax.config import TrainConfig
 from metagen_jax.games import vector_field
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
-from metagen_jax.models.vae import PLAYERS, Vae
+from metagen_jax.models.vae import Vae
 from metagen_jax.adapt.unroll import unroll
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
 from metagen_jax.types import Array, Key, Metrics, Params
 
+Optimizer = Literal["sgd", "adam"]
 RULE = "rule"
 NUM_SAMPLES = 5  # of the ELBO by which rates are chosen
 
 
 class Rule(NamedTuple):
-    """A way to take gradient steps: one rate for each player, zero for those that stay."""
+    """A way to take gradient steps."""
 
-    name: str
-    sgd: dict[str, float]
-    adam: dict[str, float]
+    optimizer: Optimizer
+    rate: float
+    players: tuple[str, ...] = ()  # those that move; none named: all
 
-
-def rules(optimizer: str, rates: Sequence[float], players: Sequence[str], what: str) -> list[Rule]:
-    """Return one rule for each rate: "sgd" or "adam" on these players, called `what` in the name."""
-    still = dict.fromkeys(PLAYERS, 0.0)
-    moving = [{**still, **dict.fromkeys(players, rate)} for rate in rates]
-    names = [f"{optimizer} on {what} at {rate:g}" for rate in rates]
-    if optimizer == "sgd":
-        return [Rule(name, move, still) for name, move in zip(names, moving, strict=True)]
-    return [Rule(name, still, move) for name, move in zip(names, moving, strict=True)]
+    def __str__(self) -> str:
+        return f"{self.optimizer} on {' and '.join(self.players) or 'all weights'} at {self.rate:g}"
 
 
-SCRATCH_SGD = rules("sgd", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), PLAYERS, "all weights")
-SCRATCH_ADAM = rules("adam", (1e-3, 3e-3, 1e-2, 3e-2), PLAYERS, "all weights")
+SCRATCH_SGD = [Rule("sgd", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
+SCRATCH_ADAM = [Rule("adam", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]
 FINE_TUNING = [
-    *rules("sgd", (3e-5, 1e-4, 3e-4, 1e-3), PLAYERS, "all weights"),
-    *rules("adam", (1e-4, 3e-4, 1e-3, 3e-3), PLAYERS, "all weights"),
-    *rules("sgd", (1e-2, 1e-1), ("prior",), "the prior"),
-    *rules("adam", (3e-3, 1e-2, 3e-2), ("modulation", "prior"), "modulation and prior"),
+    *(Rule("sgd", rate) for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
+    *(Rule("adam", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)),
+    *(Rule("sgd", rate, ("prior",)) for rate in (1e-2, 3e-2, 1e-1)),
+    *(Rule("adam", rate, ("modulation", "prior")) for rate in (3e-3, 1e-2, 3e-2)),
 ]
 
 
@@ -128,7 +122,9 @@ def stepper(built: Vae, num_steps: int) -> MetaLearner:
 
 def with_rule(params: Params, rule: Rule) -> Params:
     """Return meta-parameters for `stepper`."""
-    return {**params, RULE: {"sgd": _arrays(rule.sgd), "adam": _arrays(rule.adam)}}
+    moving = {player: jnp.float32(rule.rate if player in (rule.players or params) else 0.0) for player in params}
+    still = dict.fromkeys(params, jnp.float32(0.0))
+    return {**params, RULE: {name: moving if name == rule.optimizer else still for name in get_args(Optimizer)}}
 
 
 def choose(
@@ -150,7 +146,7 @@ def choose(
     scores = _scores(candidates, built, params, family, specs, key, num_steps)
     if not np.isfinite(scores).any():
         raise ValueError(f"none of the {len(candidates)} rules stays finite for {num_steps} steps: lower their rates")
-    return candidates[int(np.nanargmax(np.where(np.isfinite(scores), scores, np.nan)))]
+    return candidates[int(np.argmax(np.where(np.isfinite(scores), scores, -np.inf)))]
 
 
 def _scores(
@@ -180,7 +176,7 @@ def _scores(
 
         return jax.lax.map(of_rule, rates)
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(with_rule({}, rule)[RULE] for rule in candidates))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(with_rule(params, rule)[RULE] for rule in candidates))
     keys = jax.random.split(key, specs.shape[0])
     return np.asarray(score(params, stacked, family.data, keys, specs))
 
@@ -202,6 +198,3 @@ def _rule(rates: Any) -> optax.GradientTransformation:
 
     return optax.GradientTransformation(adam.init, update)
 
-
-def _arrays(rates: dict[str, float]) -> dict[str, Array]:
-    return {player: jnp.float32(rate) for player, rate in rates.items()}

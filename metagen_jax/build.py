@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metagen_jax.adapt.starts import fixed, per_parameter, per_step
-from metagen_jax.config import DataConfig, ModelConfig, TrainConfig
+from metagen_jax.adapt.starts import Start, fixed, per_parameter, per_step
+from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, TrainConfig
 from metagen_jax.meta.learners import MetaLearner, anil, fomaml, joint, maml, meta_sgd, reptile
 from metagen_jax.models.likelihoods import bernoulli, gaussian
 from metagen_jax.models.networks import conv_decoder, conv_encoder, mlp
-from metagen_jax.models.vae import PLAYERS, Vae, vae
+from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
@@ -20,6 +20,12 @@ from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import Split, by_class, by_group, default
 from metagen_jax.tasks.strokes import CLASSES, strokes
 from metagen_jax.train import outer_optimizer
+
+
+FAST = ("prior", "context")
+"""Players that tolerate, and need, far larger inner rates than network weights."""
+JOINT = ("encoder", "decoder", "head", "modulation")
+"""What ordinary joint training learns: a prior or a context that no task moves would add nothing."""
 
 
 class Parts(NamedTuple):
@@ -97,7 +103,7 @@ def model(config: ModelConfig, event: tuple[int, int, int], binary: bool) -> Vae
         encoder = conv_encoder(event, config.hidden, 2 * config.latents)
         decoder = conv_decoder(config.latents, config.hidden, event)
     likelihood = bernoulli() if is_bernoulli else gaussian()
-    return vae(encoder, decoder, likelihood, config.latents, beta=config.beta)
+    return vae(encoder, decoder, likelihood, config.latents, beta=config.beta, context=config.context)
 
 
 def learner(config: TrainConfig, built: Vae) -> MetaLearner:
@@ -107,33 +113,44 @@ def learner(config: TrainConfig, built: Vae) -> MetaLearner:
         ValueError: rates or moving players that the learner cannot have.
     """
     inner, name = config.inner, config.learner
-    players = tuple(PLAYERS) if "all" in inner.moves else inner.moves
-    unknown = [player for player in players if player not in PLAYERS]
+    have = WITH_CONTEXT if config.network.context else PLAYERS
+    players = _moves(config, have)
+    unknown = [player for player in players if player not in have]
     if unknown:
-        raise ValueError(f"unknown players {unknown} in inner.moves; the model has {', '.join(PLAYERS)}, or all")
-    rates = {player: inner.prior_rate if player == "prior" else inner.rate for player in players}
-    options = {"inner_grad": inner.inner_grad, "remat": inner.remat}
+        raise ValueError(f"inner.moves has {', '.join(unknown)}; this model's players are {', '.join(have)}, or all")
+    rates = {player: inner.fast_rate if player in FAST else inner.rate for player in players}
     plain = fixed(sgd(rates))
-    if name in ("joint", "reptile"):
-        if inner.rates not in ("auto", "fixed"):
-            raise ValueError(f"{name} has fixed inner rates, got inner.rates={inner.rates!r}")
-        if name == "joint":
-            return joint(built.model, plain, inner.steps, players=players)
-        return reptile(built.model, fixed(sgd(dict.fromkeys(PLAYERS, inner.rate) | {"prior": inner.prior_rate})), inner.steps)
+    if name in ("joint", "reptile") and inner.rates not in ("auto", "fixed"):
+        raise ValueError(f"{name} has fixed inner rates, got inner.rates={inner.rates}; leave it at auto")
+    if name == "joint":
+        return joint(built.model, plain, inner.steps, players=players, learns=JOINT)
+    if name == "reptile":
+        return reptile(built.model, plain, inner.steps)
+    options = {"inner_grad": inner.inner_grad, "remat": inner.remat}
     if name == "meta_sgd":
         return meta_sgd(built.model, rates, inner.steps, players=players, **options)
-    kind = "per_step" if inner.rates == "auto" else inner.rates
-    if kind == "fixed":
-        start = plain
-    elif kind == "per_parameter":
-        start = per_parameter(rates, players)
-    else:
-        start = per_step(max(inner.steps, 1), rates, players)
+    start = _start(inner, rates, plain)
     if name == "fomaml":
         return fomaml(built.model, start, inner.steps, players=players)
     if name == "anil":
         return anil(built.model, start, inner.steps, head=players, **options)
     return maml(built.model, start, inner.steps, players=players, **options)
+
+
+def _moves(config: TrainConfig, have: tuple[str, ...]) -> tuple[str, ...]:
+    if "all" in config.inner.moves or config.learner == "reptile":
+        return have
+    if config.inner.moves != ("auto",):
+        return config.inner.moves
+    return tuple(player for player in FAST if player in have and not (config.learner == "anil" and player == "context"))
+
+
+def _start(inner: InnerConfig, rates: dict[str, float], plain: Start) -> Start:
+    if inner.rates == "fixed" or inner.steps == 0:
+        return plain
+    if inner.rates == "per_parameter":
+        return per_parameter(rates, tuple(rates))
+    return per_step(inner.steps, rates, tuple(rates), elementwise=inner.rates != "per_step")
 
 
 def sgd(rates: dict[str, float]) -> optax.GradientTransformation:

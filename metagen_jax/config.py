@@ -38,6 +38,9 @@ class ModelConfig:
     hidden: tuple[int, ...] = (400, 400)
     """units of the hidden layers (mlp), or channels of the stride-2 convolutions (conv), from the image inwards"""
     latents: int = 32
+    """dimensions of the code"""
+    context: int = 128
+    """length of the context vector through which a task moves gains, biases and prior; 0 for none"""
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto"
     """auto: bernoulli for binary images, gaussian otherwise"""
     beta: float = 1.0
@@ -50,14 +53,15 @@ class InnerConfig:
 
     steps: int = 5
     """gradient steps of the inner loop"""
-    moves: tuple[str, ...] = ("modulation", "prior")
-    """players that move inside; "all" for every one"""
-    rates: Literal["auto", "fixed", "per_step", "per_parameter"] = "auto"
-    """auto: learned per layer and step, except for reptile and joint (fixed) and meta_sgd (per parameter)"""
-    rate: float = 3e-3
-    """initial inner rate"""
-    prior_rate: float = 0.1
-    """initial inner rate of the prior's mean and log scale"""
+    moves: tuple[str, ...] = ("auto",)
+    """players that move inside: encoder, decoder, head, modulation, prior, context, maps, or all of them; auto: context
+    and prior, except for anil (the prior, which is the head of a VAE) and reptile (all)"""
+    rates: Literal["auto", "fixed", "per_step", "per_element_and_step", "per_parameter"] = "auto"
+    """auto: learned per element and step, except for reptile and joint (fixed) and meta_sgd (per parameter)"""
+    rate: float = 1e-3
+    """initial inner rate of network weights"""
+    fast_rate: float = 0.1
+    """initial inner rate of the prior and the context"""
     inner_grad: Literal["reverse", "forward_over_reverse"] = "reverse"
     """how the inner gradient is differentiated: equal results, less memory with forward_over_reverse"""
     remat: Literal["none", "step", "nested"] = "none"
@@ -112,7 +116,7 @@ def check(config: TrainConfig) -> TrainConfig:
     known("model", config.model, MODELS)
     numbers = {
         "inner.rate": config.inner.rate,
-        "inner.prior_rate": config.inner.prior_rate,
+        "inner.fast_rate": config.inner.fast_rate,
         "outer.rate": config.outer.rate,
         "outer.rate_of_rates": config.outer.rate_of_rates,
         "outer.warm_start_rate": config.outer.warm_start_rate,

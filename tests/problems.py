@@ -53,10 +53,10 @@ def bilinear(strength=0.0):
     return game
 
 
-def tiny_vae(latents=2, hidden=(5,)):
+def tiny_vae(latents=2, hidden=(5,), context=3):
     encoder = mlp(EVENT, hidden, (2 * latents,))
     decoder = mlp((latents,), hidden, EVENT)
-    return vae(encoder, decoder, bernoulli(), latents)
+    return vae(encoder, decoder, bernoulli(), latents, context=context)
 
 
 def tiny_images(num_classes=6, per_class=8, seed=0, event=EVENT):

@@ -71,6 +71,7 @@ def per_step(
     players: Sequence[str],
     *,
     direction: optax.GradientTransformation | None = None,
+    elementwise: bool = False,
 ) -> Start:
     """Learn one rate for each parameter tensor ("layer") and inner step; later steps follow the last rate.
 
@@ -81,6 +82,7 @@ def per_step(
         rate: the initial rate, or one for each player.
         players: those that move; `"<player>/log_rate"` joins the meta-parameters for each.
         direction: an optax rule before the rate; the gradient itself when left out.
+        elementwise: one rate for each element of a tensor instead, a of shape [num_steps, *tensor].
 
     Raises:
         ValueError: num_steps below one, or a rate that is not positive and finite.
@@ -93,7 +95,7 @@ def per_step(
         rate,
         players,
         direction,
-        lambda leaf, value: jnp.full((num_steps,), value, leaf.dtype),
+        lambda leaf, value: jnp.full((num_steps, *(leaf.shape if elementwise else ())), value, leaf.dtype),
         lambda log_rate, count: log_rate[jnp.minimum(count, num_steps - 1)],
     )
 

@@ -100,14 +100,22 @@ def meta_sgd(
     return maml(model, per_parameter(rate, players), num_steps, players=players, **options)
 
 
-def joint(model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None) -> MetaLearner:
+def joint(
+    model: Model,
+    start: AnyStart,
+    num_steps: int,
+    *,
+    players: Sequence[str] | None = None,
+    learns: Sequence[str] | None = None,
+) -> MetaLearner:
     """Ordinary training on all classes at once: the baseline that learns nothing about learning.
 
     Trained on the support and the query of each task as one batch; `start` and `num_steps` say how it is fine-tuned
-    when it is evaluated ("joint training, then fine-tuning").
+    when it is evaluated ("joint training, then fine-tuning"). `learns` names the players that are trained, `players`
+    those that are fine-tuned; None for all.
     """
     inner = vector_field(model.game, players)
-    outer = vector_field(model.game)
+    outer = vector_field(model.game, learns)
 
     def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:
         return outer(meta, key, union(task.support, task.query))

@@ -1,10 +1,13 @@
 """Variational autoencoders whose prior is learned, as cooperative games of the parts that a task may move.
 
     elbo(x) = E_{q(z | x)}[log p(x | z)] - KL(q(z | x), p(z)),   loss = -E log p(x | z) + beta KL, nats per image
-    q(z | x) = N(mean(x), diag scale(x)^2),   p(z) = N(prior mean, diag prior scale^2)
+    q(z | x) = N(mean(x), diag scale(x)^2),   p(z): (I + N) (z - m) / s ~ N(0, I), N strictly lower triangular
 
 Much of what a few examples tell about a class is where its codes lie; a prior fixed at N(0, I) forbids learning that,
-so its mean and scale are parameters like the rest.
+so its mean, scale and coupling N are parameters like the rest. The other things that a few examples can move without
+moving the large kernels are the gains and biases of all units, directly or through a context vector c:
+
+    gain = gain_0 + c A,   bias = bias_0 + c B,   m = m_0 + c M,   log s = log s_0 + c S,   output bias = b_0 + c O
 
 | player     | what                                                                | size (mlp)   |
 |------------|---------------------------------------------------------------------|--------------|
@@ -12,24 +15,28 @@ so its mean and scale are parameters like the rest.
 | decoder    | kernels of the decoder's hidden layers                              | large        |
 | head       | the decoder's last layer, and the likelihood's own parameters       | large        |
 | modulation | gain and bias of every hidden unit (or channel) of both networks    | small        |
-| prior      | mean and log scale of the codes                                     | small        |
+| prior      | mean, log scale and coupling of the codes                           | small        |
+| context    | the vector c (if there is one)                                      | small        |
+| maps       | A, B, M, S, O, linear in the context                                | large        |
 
-All of them share one loss. Source: Kingma & Welling, Auto-Encoding Variational Bayes, 2014.
+All of them share one loss. Sources: Kingma & Welling, Auto-Encoding Variational Bayes, 2014; Zintgraf et al., Fast
+Context Adaptation via Meta-Learning, 2019 and Dupont et al., From Data to Functa, 2022 (context and modulations).
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 
 from metagen_jax.games import cooperative
 from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.networks import Network, join, split_modulation
-from metagen_jax.types import Array, Examples, Key, LatentVariable, Metrics, Model, Params
+from metagen_jax.types import Array, ArrayTree, Examples, Key, LatentVariable, Metrics, Model, Params
 
 PLAYERS = ("encoder", "decoder", "head", "modulation", "prior")
-FAST = ("modulation", "prior")
-"""The players that a task moves cheaply: the large kernels stay shared, so that a batch of tasks multiplies by one."""
+WITH_CONTEXT = (*PLAYERS, "context", "maps")
 _LOG_2_PI = 1.8378770664093453
 
 
@@ -41,7 +48,7 @@ class Vae(NamedTuple):
 
 
 def vae(
-    encoder: Network, decoder: Network, likelihood: Likelihood, num_latents: int, *, beta: float = 1.0
+    encoder: Network, decoder: Network, likelihood: Likelihood, num_latents: int, *, beta: float = 1.0, context: int = 0
 ) -> Vae:
     """Return the VAE of two networks.
 
@@ -51,76 +58,128 @@ def vae(
         likelihood: `bernoulli()` or `gaussian()`.
         num_latents: Z.
         beta: weight of the KL term in the loss; metrics and likelihoods always have weight one.
+        context: length of the context vector; 0 for none (then there are no players `context` and `maps`).
 
     Returns:
         Model and latent-variable record. `sample` gives means of p(x | z) with z from the prior, in [0, 1]. The game's
         metrics are `elbo`, `kl` and `log_likelihood` in nats per image, weighted means over the examples.
 
     Raises:
-        ValueError: no latent dimension, or a negative beta.
+        ValueError: no latent dimension, a negative beta or context.
     """
-    if num_latents < 1 or beta < 0:
-        raise ValueError(f"expected at least one latent and beta >= 0, got num_latents={num_latents}, beta={beta}")
+    if num_latents < 1 or beta < 0 or context < 0:
+        raise ValueError(
+            f"expected at least one latent, beta >= 0 and context >= 0, got num_latents={num_latents}, beta={beta}, "
+            f"context={context}"
+        )
 
     def init(key: Key) -> Params:
-        encoder_key, decoder_key = jax.random.split(key)
+        encoder_key, decoder_key, maps_key = jax.random.split(key, 3)
         encoder_kernels, encoder_modulation, encoder_output = split_modulation(encoder.init(encoder_key))
         decoder_kernels, decoder_modulation, decoder_output = split_modulation(decoder.init(decoder_key))
-        return {
+        shape = (num_latents,)
+        prior = {"mean": jnp.zeros(shape), "log_scale": jnp.zeros(shape), "coupling": jnp.zeros(shape * 2)}
+        params = {
             "encoder": {"kernels": encoder_kernels, "output": encoder_output},
             "decoder": decoder_kernels,
             "head": {"output": decoder_output, "likelihood": likelihood.init},
             "modulation": {"encoder": encoder_modulation, "decoder": decoder_modulation},
-            "prior": {"mean": jnp.zeros(num_latents), "log_scale": jnp.zeros(num_latents)},
+            "prior": prior,
+        }
+        if context:
+            targets = {"modulation": params["modulation"], "prior": _location(prior), "bias": _bias(decoder_output)}
+            params |= {"context": jnp.zeros(context), "maps": _init_maps(maps_key, context, targets)}
+        return params
+
+    def moved(params: Params) -> Params:
+        """Return the parameters with the context's part added to what it moves."""
+        if not context:
+            return params
+        shift = jax.tree.map(lambda kernel: jnp.tensordot(params["context"], kernel, 1), params["maps"])
+        output = join(params["head"]["output"])
+        bias = jax.tree.map(jnp.add, _bias(output), shift["bias"])
+        return params | {
+            "modulation": jax.tree.map(jnp.add, params["modulation"], shift["modulation"]),
+            "prior": params["prior"] | jax.tree.map(jnp.add, _location(params["prior"]), shift["prior"]),
+            "head": params["head"] | {"output": join(output, bias)},
         }
 
-    def encode(params: Params, x: Array) -> tuple[Array, Array]:
+    def encoded(params: Params, x: Array) -> tuple[Array, Array]:
         tree = join(*params["encoder"].values(), params["modulation"]["encoder"])
         mean, log_scale = jnp.split(encoder.apply(tree, x), 2, axis=-1)
         return mean, log_scale
 
-    def decoder_output(params: Params, z: Array) -> Array:
-        tree = join(params["decoder"], params["head"]["output"], params["modulation"]["decoder"])
-        return decoder.apply(tree, z)
+    def output(params: Params, z: Array) -> Array:
+        return decoder.apply(join(params["decoder"], params["head"]["output"], params["modulation"]["decoder"]), z)
 
-    def decode(params: Params, z: Array) -> Array:
-        return likelihood.mean(params["head"]["likelihood"], decoder_output(params, z))
-
-    def log_likelihood(params: Params, x: Array, z: Array) -> Array:
-        return likelihood.log_prob(params["head"]["likelihood"], decoder_output(params, z), x)
-
-    def log_prior(params: Params, z: Array) -> Array:
-        mean, log_scale = params["prior"]["mean"], params["prior"]["log_scale"]
-        return normal_log_density(z, mean[None], log_scale[None])
+    def log_prob(params: Params, x: Array, z: Array) -> Array:
+        return likelihood.log_prob(params["head"]["likelihood"], output(params, z), x)
 
     def loss(params: Params, key: Key, batch: Examples) -> tuple[Array, Metrics]:
-        mean, log_scale = encode(params, batch.x)
+        params = moved(params)
+        mean, log_scale = encoded(params, batch.x)
         z = mean + jnp.exp(log_scale) * jax.random.normal(key, mean.shape)
-        fit = weighted_mean(log_likelihood(params, batch.x, z), batch.weight)
-        prior = params["prior"]
-        kl = normal_kl(mean, log_scale, prior["mean"][None], prior["log_scale"][None])
-        kl = weighted_mean(kl, batch.weight)
+        fit = weighted_mean(log_prob(params, batch.x, z), batch.weight)
+        kl = weighted_mean(prior_kl(params["prior"], mean, log_scale), batch.weight)
         return beta * kl - fit, {"elbo": fit - kl, "kl": kl, "log_likelihood": fit}
 
+    def decode(params: Params, z: Array) -> Array:
+        params = moved(params)
+        return likelihood.mean(params["head"]["likelihood"], output(params, z))
+
     def sample(params: Params, key: Key, num: int) -> Array:
-        noise = jax.random.normal(key, (num, num_latents))
-        prior = params["prior"]
-        return decode(params, prior["mean"][None] + jnp.exp(prior["log_scale"])[None] * noise)
+        return decode(params, prior_sample(moved(params)["prior"], jax.random.normal(key, (num, num_latents))))
 
-    model = Model(init, cooperative(loss, PLAYERS), sample)
-    return Vae(model, LatentVariable(encode, decode, log_prior, log_likelihood))
-
-
-def normal_log_density(z: Array, mean: Array, log_scale: Array) -> Array:
-    """Return log N(z; mean, diag exp(log_scale)^2) [N] in nats, summed over the last axis."""
-    return -0.5 * (jnp.square((z - mean) * jnp.exp(-log_scale)) + _LOG_2_PI + 2 * log_scale).sum(-1)
+    latent = LatentVariable(
+        encode=lambda params, x: encoded(moved(params), x),
+        decode=decode,
+        log_prior=lambda params, z: prior_log_density(moved(params)["prior"], z),
+        log_likelihood=lambda params, x, z: log_prob(moved(params), x, z),
+    )
+    return Vae(Model(init, cooperative(loss, WITH_CONTEXT if context else PLAYERS), sample), latent)
 
 
-def normal_kl(mean: Array, log_scale: Array, prior_mean: Array, prior_log_scale: Array) -> Array:
-    """Return KL(N(mean, scale^2), N(prior mean, prior scale^2)) [N] in nats, summed over the last axis."""
-    shift = jnp.square((mean - prior_mean) * jnp.exp(-prior_log_scale))
-    ratio = log_scale - prior_log_scale
-    return (0.5 * (shift + jnp.exp(2 * ratio) - 1.0) - ratio).sum(-1)
+def prior_log_density(prior: ArrayTree, z: Array) -> Array:
+    """Return log p(z) [N] in nats, for z [N, Z]."""
+    white = ((z - prior["mean"][None]) * jnp.exp(-prior["log_scale"])[None]) @ _whitening(prior).T
+    return -0.5 * (jnp.square(white) + _LOG_2_PI).sum(-1) - prior["log_scale"].sum()
+
+
+def prior_kl(prior: ArrayTree, mean: Array, log_scale: Array) -> Array:
+    """Return KL(N(mean, scale^2), p(z)) [N] in nats, for mean and log_scale [N, Z]."""
+    whitening = _whitening(prior)
+    white = ((mean - prior["mean"][None]) * jnp.exp(-prior["log_scale"])[None]) @ whitening.T
+    ratio = log_scale - prior["log_scale"][None]
+    spread = jnp.exp(2 * ratio) * jnp.square(whitening).sum(0)[None]
+    return (0.5 * (jnp.square(white) + spread - 1.0) - ratio).sum(-1)
+
+
+def prior_sample(prior: ArrayTree, noise: Array) -> Array:
+    """Turn standard normal noise [N, Z] into codes of the prior."""
+    white = solve_triangular(_whitening(prior), noise.T, lower=True, unit_diagonal=True).T
+    return prior["mean"][None] + jnp.exp(prior["log_scale"])[None] * white
+
+
+def _whitening(prior: ArrayTree) -> Array:
+    """Return I + N [Z, Z]: only the strictly lower triangle of the coupling counts."""
+    return jnp.tril(prior["coupling"], -1) + jnp.eye(prior["coupling"].shape[0])
+
+
+def _location(prior: ArrayTree) -> ArrayTree:
+    return {name: prior[name] for name in ("mean", "log_scale")}
+
+
+def _bias(output: ArrayTree) -> ArrayTree:
+    return {layer: {"bias": leaves["bias"]} for layer, leaves in output.items()}
+
+
+def _init_maps(key: Key, context: int, moved: ArrayTree) -> ArrayTree:
+    """Return linear maps from the context to each leaf, small enough that a unit context moves it by about 0.3."""
+    leaves, structure = jax.tree.flatten(moved)
+    sizes = [leaf.size for leaf in leaves]
+    noise = 0.3 / context**0.5 * jax.random.normal(key, (context, sum(sizes)))
+    parts = jnp.split(noise, list(accumulate(sizes))[:-1], axis=1)
+    return structure.unflatten([part.reshape(context, *leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 def weighted_mean(values: Array, weight: Array) -> Array:

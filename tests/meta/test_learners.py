@@ -8,7 +8,7 @@ import pytest
 from problems import bilinear, finite_difference, flat, image_task, points, quadratic_model, quadratic_task, tiny_vae
 
 import metagen_jax as mg
-from metagen_jax.models.vae import FAST, PLAYERS
+from metagen_jax.models.vae import WITH_CONTEXT as PLAYERS
 
 CURVATURE = np.array([[2.0, 0.3], [0.3, 0.5]])
 RATE, STEPS = 0.2, 3
@@ -100,13 +100,14 @@ LEARNERS = {
     "maml_momentum": lambda model: mg.maml(model, mg.fixed(optax.sgd(1e-2, momentum=0.9)), 3),
     "maml_adam": lambda model: mg.maml(model, mg.fixed(optax.adam(1e-2, eps_root=1e-8)), 3),
     "maml_plus_plus": lambda model: mg.maml(model, mg.per_step(3, RATES, PLAYERS), 3),
-    "maml_fast": lambda model: mg.maml(model, mg.per_step(3, RATES, FAST), 3, players=FAST),
+    "maml_fast": lambda model: mg.maml(model, mg.per_step(3, RATES, FAST, elementwise=True), 3, players=FAST),
     "fomaml": lambda model: mg.fomaml(model, mg.fixed(optax.sgd(1e-2)), 3),
     "reptile": lambda model: mg.reptile(model, mg.fixed(optax.sgd(1e-2)), 3),
     "anil": lambda model: mg.anil(model, mg.fixed(optax.sgd(1e-2)), 3, head=("head", "prior")),
     "meta_sgd": lambda model: mg.meta_sgd(model, RATES, 3, players=PLAYERS),
     "joint": lambda model: mg.joint(model, mg.fixed(optax.sgd(1e-2)), 3),
 }
+FAST = ("prior", "context")
 SECOND_ORDER = ("maml", "maml_mixed", "maml_momentum", "maml_adam", "maml_plus_plus", "maml_fast", "anil", "meta_sgd")
 
 

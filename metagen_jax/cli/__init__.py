@@ -1,0 +1,65 @@
+"""The command `metagen`: every mistake of a user ends in one message on standard error, and no traceback."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from metagen_jax.cli import adapt, evaluate, info, quickstart, train
+from metagen_jax.train import Divergence
+
+DESCRIPTION = (
+    "Meta-learning of generative models: adapt a generator to a handful of examples. Begin with: metagen quickstart. "
+    "Any error shows its traceback with --traceback."
+)
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+Command = (
+    Annotated[quickstart.Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[train.Train, tyro.conf.subcommand("train")]
+    | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[info.Info, tyro.conf.subcommand("info")]
+)
+RUN = {
+    quickstart.Quickstart: quickstart.run,
+    train.Train: train.run,
+    evaluate.Evaluate: evaluate.run,
+    adapt.Adapt: adapt.run,
+    info.Info: info.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 1 (it failed), 2 (bad input) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        command: Any = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="metagen",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+        RUN[type(command)](command)
+    except SystemExit as stop:  # tyro's own: help, or an argument that it cannot read
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except KeyboardInterrupt:
+        return _end("stopped; what was finished is kept", INTERRUPTED)
+    except (ValueError, ImportError, OSError) as error:
+        if with_traceback:
+            raise
+        return _end(str(error), BAD_INPUT)
+    except Divergence as error:
+        if with_traceback:
+            raise
+        return _end(str(error), FAILED)
+    return 0
+
+
+def _end(message: str, code: int) -> int:
+    print(f"metagen: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,255 @@
+"""`metagen train LEARNER MODEL`: meta-train, keep everything in the folder of the run, and measure it briefly."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from metagen_jax import build, report
+from metagen_jax.baselines import train_joint
+from metagen_jax.build import Parts
+from metagen_jax.checkpoint import Checkpoints, save_meta
+from metagen_jax.config import (
+    LEARNERS,
+    MODELS,
+    DataConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    TrainConfig,
+    check,
+)
+from metagen_jax.evaluate import adaptation_curve
+from metagen_jax.meta.learners import MetaLearner
+from metagen_jax.metrics.interval import over_classes
+from metagen_jax.models.vae import Vae
+from metagen_jax.progress import Progress
+from metagen_jax.run_directory import RunDirectory, append, create, next_path, point_latest, read_metrics
+from metagen_jax.tasks.samplers import uniform
+from metagen_jax.train import TrainState, init_state, make_step, train
+from metagen_jax.types import Metrics, Params
+
+CHUNK = 50  # meta-steps a dispatch, and a line of metrics.jsonl
+SHORT_CLASSES, SHORT_SAMPLES = 32, 10  # of the evaluation after training
+RUNS = Path("runs")
+
+WARM_START, META, SHORT = range(3)  # what the seed's keys are folded for
+
+Logger = Callable[[int, dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Meta-train a model, for example: metagen train maml vae --data omniglot_gmn --data-dir DIR."""
+
+    learner: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LEARNER", help=", ".join(LEARNERS))]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=", ".join(MODELS))]
+    data: str = DataConfig.source
+    """glyphs, strokes, digits, omniglot, omniglot_gmn, mnist, tfds:NAME, or a folder of class folders of pictures"""
+    data_dir: str | None = DataConfig.data_dir
+    """where the data lie, for sources that are not made on the spot"""
+    split: Literal["auto", "class"] = "auto"
+    """auto: the source's own held-out alphabets or scripts, where it has any; class: classes at random"""
+    hold_out: tuple[str, ...] = DataConfig.hold_out
+    """alphabets or scripts to test on, instead of the above"""
+    size: int = DataConfig.size
+    """height and width of the images of a user's folder"""
+    shots: tuple[int, int] = TrainConfig.shots
+    """smallest and largest number of support images of a task"""
+    query: int = TrainConfig.query
+    """query images of a task"""
+    seed: int = TrainConfig.seed
+    """of everything random: the same seed on the same machine gives the same run"""
+    out: Path | None = None
+    """the run's folder, which must not exist; runs/LEARNER-MODEL-DATA-N if not given"""
+    checkpoint_every: int = 500
+    """meta-steps between checkpoints"""
+    tensorboard: bool = False
+    """also write TensorBoard events into the run's folder (extra: tensorboard)"""
+    network: ModelConfig = ModelConfig()
+    inner: InnerConfig = InnerConfig()
+    outer: OuterConfig = OuterConfig()
+
+
+def run(arguments: Train) -> None:
+    """Carry out the command."""
+    a = arguments
+    data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size)
+    config = TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.shots, a.query, a.seed)
+    train_run(config, a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
+
+
+def train_run(
+    config: TrainConfig,
+    out: Path | None,
+    *,
+    stem: str | None = None,
+    checkpoint_every: int = 500,
+    tensorboard: bool = False,
+    short_evaluation: bool = True,
+) -> RunDirectory:
+    """Train as the configuration says and return the folder of the run.
+
+    Nothing is written before everything that the configuration asks for was found and built.
+
+    Raises:
+        ValueError: whatever does not fit together.
+        Divergence: training lost finiteness; the folder keeps what was done until then.
+    """
+    check(config)
+    if checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
+    writer = _tensorboard() if tensorboard else None
+    data = build.parts(config.data)
+    built = build.model(config.network, data.event, data.binary)
+    learner = build.learner(config, built)
+    family = build.family(data, "train", config.shots, config.query)
+    optimizer, sampler = build.outer(config), uniform(family, config.outer.tasks)
+    outer = config.outer
+    step = make_step(
+        learner, family, sampler, optimizer, average_decay=outer.average_decay, task_chunk=outer.task_chunk
+    )
+    name = stem or f"{config.learner}-{config.model}-{data.images.name if data.images else config.data.source}"
+    run = create(out or next_path(RUNS, name), config, data)
+    point_latest(run)
+    print(f"{run.path}: {config.learner} {config.model} on {_describe(data)}", flush=True)
+
+    key = jax.random.key(config.seed)
+    with _logging(run, writer) as log:
+        warm = None
+        if outer.warm_start:
+            with Progress("joint warm start", outer.warm_start, unit="step", tasks=outer.tasks) as progress:
+                warm = train_joint(
+                    config,
+                    family,
+                    built,
+                    outer.warm_start,
+                    jax.random.fold_in(key, WARM_START),
+                    on_chunk=_on_chunk("warm start", log, progress),
+                )
+            save_meta(run.path / "baselines" / "warm_start.npz", warm, step=outer.warm_start)
+        begin_key, meta_key = jax.random.split(jax.random.fold_in(key, META))
+        meta = {**learner.init(begin_key), **(warm or {})}
+        state = init_state(learner, sampler, optimizer, meta_key, meta=meta)
+        with Checkpoints(run.checkpoints) as checkpoints:
+            saved = 0
+
+            def keep(state: TrainState) -> None:
+                checkpoints.save(state)
+                save_meta(run.meta, state.average, step=int(state.step))
+
+            with Progress("meta-training", outer.steps, unit="meta-step", tasks=outer.tasks) as progress:
+                show = _on_chunk("meta", log, progress)
+
+                def on_chunk(state: TrainState, metrics: Metrics) -> None:
+                    nonlocal saved
+                    show(state, metrics)
+                    if int(state.step) - saved >= checkpoint_every:
+                        saved = int(state.step)
+                        keep(state)
+
+                state = train(step, state, family.data, outer.steps, chunk=CHUNK, on_chunk=on_chunk)
+            keep(state)
+    report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
+    if short_evaluation:
+        print(_short_evaluation(config, data, built, learner, state.average, jax.random.fold_in(key, SHORT)))
+    print(f"next: metagen evaluate {run.path}", flush=True)
+    return run
+
+
+def held_out(data: Parts) -> str:
+    """Return the part to choose settings on: validation, or train where the split has no validation classes."""
+    return "validation" if data.split is None or len(data.split.validation) else "train"
+
+
+def _describe(data: Parts) -> str:
+    if data.images is None or data.split is None:
+        return "procedural strokes, unlimited classes"
+    counts = ", ".join(f"{len(getattr(data.split, part))} {part}" for part in ("train", "validation", "test"))
+    return f"{data.images.name} ({counts} classes)"
+
+
+def _short_evaluation(
+    config: TrainConfig, data: Parts, built: Vae, learner: MetaLearner, meta: Params, key: jax.Array
+) -> str:
+    part, steps = held_out(data), config.inner.steps
+    family = build.family(data, part, config.shots, config.query)
+    specs = build.specs(data, part, SHORT_CLASSES)
+    curve = adaptation_curve(
+        learner.path, built.latent, family, meta, specs, key, steps=(0, steps), num_samples=SHORT_SAMPLES
+    )
+    before, after = curve.elbo[:, 0], curve.elbo[:, -1]
+    if len(before) < 2 or not (np.isfinite(before).all() and np.isfinite(after).all()):
+        return f"{part} classes: no interval ({np.isfinite(after).sum()} of {len(after)} classes are finite)"
+    gain = over_classes(after - before)
+    return (
+        f"{len(before)} {part} classes: ELBO {before.mean():.2f} before adapting, {after.mean():.2f} after {steps} steps "
+        f"(gain {gain.mean:.2f}, 95 % interval {gain.low:.2f} to {gain.high:.2f} nats per image)"
+    )
+
+
+def _on_chunk(phase: str, log: Logger, progress: Progress) -> Callable[[TrainState, Metrics], None]:
+    begin = time.perf_counter()
+
+    def on_chunk(state: TrainState, metrics: Metrics) -> None:
+        step = int(state.step)
+        record = summarise(metrics)
+        seconds = round(time.perf_counter() - begin, 3)
+        log(step, {"phase": phase, "step": step, "seconds": seconds, **record})
+        progress.update(step, record.get("loss"))
+
+    return on_chunk
+
+
+def summarise(metrics: Metrics) -> dict[str, Any]:
+    """Return one record for the metrics [chunk, ...] of a dispatch.
+
+    Means over the steps that are finite; counts are summed; the place of a loss of finiteness is that of the first.
+    """
+    record: dict[str, Any] = {}
+    for name, value in metrics.items():
+        values = np.asarray(value)
+        if name == "num_nonfinite":
+            record[name] = int(values.sum())
+        elif name in ("bad_task", "bad_inner_step"):
+            lost = np.flatnonzero(np.asarray(metrics["num_nonfinite"]))
+            record[name] = int(values[lost[0]]) if len(lost) else -1
+        elif np.isfinite(values).all():
+            record[name] = values.mean(0).tolist()
+        else:
+            finite = np.isfinite(values)
+            count = finite.sum(0)
+            record[name] = np.where(count, np.where(finite, values, 0).sum(0) / np.maximum(count, 1), np.nan).tolist()
+    return record
+
+
+@contextlib.contextmanager
+def _logging(run: RunDirectory, writer: Callable[[str], Any] | None) -> Iterator[Logger]:
+    """Write records to metrics.jsonl, and to TensorBoard where that was asked for."""
+    events = writer(str(run.path / "tensorboard")) if writer else None
+
+    def log(step: int, record: dict[str, Any]) -> None:
+        append(run.metrics, record)
+        for name, value in record.items():
+            if events is not None and isinstance(value, float) and np.isfinite(value):
+                events.add_scalar(f"{record['phase']}/{name}", value, step)
+
+    try:
+        yield log
+    finally:
+        if events is not None:
+            events.close()
+
+
+def _tensorboard() -> Callable[[str], Any]:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboardX: pip install 'metagen-jax[tensorboard]'") from error
+    return SummaryWriter
