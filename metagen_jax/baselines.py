@@ -24,11 +24,9 @@ import optax
 from metagen_jax import build
 from metagen_jax.adapt.starts import learned
 from metagen_jax.config import TrainConfig
-from metagen_jax.games import vector_field
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.models.vae import Vae
-from metagen_jax.adapt.unroll import unroll
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
@@ -127,39 +125,24 @@ def with_rule(params: Params, rule: Rule) -> Params:
     return {**params, RULE: {name: moving if name == rule.optimizer else still for name in get_args(Optimizer)}}
 
 
-def choose(
-    candidates: Sequence[Rule],
-    built: Vae,
-    params: Params,
-    family: TaskFamily,
-    specs: Spec,
-    key: Key,
-    num_steps: int,
-) -> Rule:
-    """Return the rule with the best mean ELBO after `num_steps` steps, over tasks that are not the test's.
+def chooser(
+    built: Vae, family: TaskFamily, specs: Spec, key: Key, num_steps: int
+) -> Callable[[Params, Sequence[Rule]], Rule]:
+    """Return the function (params, candidates) -> the rule with the best mean ELBO after `num_steps` steps.
 
-    A rule that loses finiteness on any task is never chosen.
+    Args:
+        built: the model.
+        family: makes the tasks to choose by, which are not the test's.
+        specs: [C, way] of those tasks.
+        key: of the tasks; every candidate meets the same ones.
+        num_steps: K.
 
-    Raises:
-        ValueError: every candidate lost finiteness.
+    Returns:
+        The function. It never returns a rule that loses finiteness on any task, and raises `ValueError` if all do.
     """
-    scores = _scores(candidates, built, params, family, specs, key, num_steps)
-    if not np.isfinite(scores).any():
-        raise ValueError(f"none of the {len(candidates)} rules stays finite for {num_steps} steps: lower their rates")
-    return candidates[int(np.argmax(np.where(np.isfinite(scores), scores, -np.inf)))]
-
-
-def _scores(
-    candidates: Sequence[Rule],
-    built: Vae,
-    params: Params,
-    family: TaskFamily,
-    specs: Spec,
-    key: Key,
-    num_steps: int,
-) -> np.ndarray:
     estimate = bounds(built.latent, NUM_SAMPLES)
-    adapt = unroll(vector_field(built.model.game), learned(_rule, player=RULE), num_steps, first_order=True)
+    adapt = stepper(built, num_steps).adapt
+    keys = jax.random.split(key, specs.shape[0])
 
     def one(meta: Params, data: Any, key: Key, spec: Spec) -> Array:
         make_key, adapt_key, query_key = jax.random.split(key, 3)
@@ -169,16 +152,17 @@ def _scores(
         return (task.query.weight * elbo).sum() / task.query.weight.sum()
 
     @jax.jit
-    def score(params: Params, rates: Params, data: Any, keys: Key, specs: Spec) -> Array:
-        def of_rule(rule: Any) -> Array:
-            meta = {**params, RULE: rule}
-            return jax.lax.map(lambda pair: one(meta, data, *pair), (keys, specs), batch_size=8).mean()
+    def score(meta: Params, data: Any, keys: Key, specs: Spec) -> Array:
+        return jax.lax.map(lambda pair: one(meta, data, *pair), (keys, specs), batch_size=8).mean()
 
-        return jax.lax.map(of_rule, rates)
+    def choose(params: Params, candidates: Sequence[Rule]) -> Rule:
+        metas = (with_rule(params, rule) for rule in candidates)
+        scores = np.array([score(meta, family.data, jax.random.clone(keys), specs) for meta in metas])
+        if not np.isfinite(scores).any():
+            raise ValueError(f"none of the {len(candidates)} rules stays finite for {num_steps} steps; lower the rates")
+        return candidates[int(np.argmax(np.where(np.isfinite(scores), scores, -np.inf)))]
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(with_rule(params, rule)[RULE] for rule in candidates))
-    keys = jax.random.split(key, specs.shape[0])
-    return np.asarray(score(params, stacked, family.data, keys, specs))
+    return choose
 
 
 def _rule(rates: Any) -> optax.GradientTransformation:
@@ -197,4 +181,3 @@ def _rule(rates: Any) -> optax.GradientTransformation:
         }, state
 
     return optax.GradientTransformation(adam.init, update)
-

@@ -20,7 +20,7 @@ from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import Split, by_class, by_group, default
 from metagen_jax.tasks.strokes import CLASSES, strokes
 from metagen_jax.train import outer_optimizer
-
+from metagen_jax.types import Params
 
 FAST = ("prior", "context")
 """Players that tolerate, and need, far larger inner rates than network weights."""
@@ -155,9 +155,12 @@ def _start(inner: InnerConfig, rates: dict[str, float], plain: Start) -> Start:
 
 def sgd(rates: dict[str, float]) -> optax.GradientTransformation:
     """Return gradient descent with one fixed rate for each player."""
-    return optax.partition(
-        {player: optax.sgd(rate) for player, rate in rates.items()}, lambda params: {name: name for name in params}
-    )
+    first = next(iter(rates))  # what check_differentiable tries is no player; any rule of these answers for all
+
+    def labels(params: Params) -> dict[str, str]:
+        return {name: name if name in rates else first for name in params}
+
+    return optax.partition({player: optax.sgd(rate) for player, rate in rates.items()}, labels)
 
 
 def outer(config: TrainConfig) -> optax.GradientTransformation:

@@ -28,14 +28,14 @@ class Checkpoints:
     def __init__(self, path: Path | str, *, max_to_keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         self.path = Path(path).expanduser().absolute()
-        self._manager = ocp.CheckpointManager(
-            self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -64,7 +64,9 @@ class Checkpoints:
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
-            raise ValueError(f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'}; steps: {steps}")
+            raise ValueError(
+                f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'}; steps: {steps}"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         try:
             stored = _shapes(self._manager.item_metadata(step).tree)
@@ -136,8 +138,8 @@ def _check(where: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tupl
     if missing or surplus:
         raise ValueError(
             f"{where} holds other parameters than this configuration has: {len(missing)} are missing "
-            f"({', '.join(missing[:3])}), {len(surplus)} are too many ({', '.join(surplus[:3])}); use the configuration "
-            "and the version that wrote it"
+            f"({', '.join(missing[:3])}), {len(surplus)} are too many ({', '.join(surplus[:3])}); use the "
+            "configuration and the version that wrote it"
         )
     for name, shape in wanted.items():
         if found[name] != shape:

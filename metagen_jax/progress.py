@@ -55,7 +55,9 @@ class Progress:
             self._line(f"{self.title}: compiling ...")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop_clock()
         if self._bar is not None:
             self._bar.close()

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#1f2933"
 ACCENT = "#c2410c"
-COLOURS = ("#1d6fa5", "#5b8c5a", "#8a6fae", "#8d6e4f", "#6b7280")
-STYLE: Mapping[str, Any] = {"color": INK, "fontsize": 9}
+COLOURS = ("#1d6fa5", "#5b8c5a", "#8a6fae", "#8d6e4f", "#6b7280", "#b08900")
+STYLE: dict[str, Any] = {"color": INK, "fontsize": 9}
 
 
 class Line(NamedTuple):
@@ -75,49 +76,55 @@ def adaptation_strip(columns: Sequence[Column]) -> Figure:
 
 
 def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the records of metrics.jsonl: the query's loss, and where there is one that of the support by inner step."""
+    """Draw the records of metrics.jsonl: the loss of the warm start, then query and support in meta-training."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
-    for colour, phase in zip((COLOURS[4], COLOURS[0]), ("warm start", "meta"), strict=True):
-        chosen = [record for record in records if record["phase"] == phase and record.get("loss") is not None]
-        if not chosen:
-            continue
-        offset = max((r["step"] for r in records if r["phase"] == "warm start"), default=0) if phase == "meta" else 0
-        steps = [record["step"] + offset for record in chosen]
-        name = "joint warm start" if phase == "warm start" else "query, after adapting"
-        axis.plot(steps, [record["loss"] for record in chosen], color=colour, label=name, linewidth=1.6)
-        begin = [(record.get("support/loss") or [None])[0] for record in chosen]
-        if all(value is not None for value in begin):
-            axis.plot(steps, begin, color=COLOURS[1], label="support, before adapting", linewidth=1.0, alpha=0.8)
-        if phase == "meta" and offset:
-            axis.axvline(offset, color=INK, linewidth=0.8, linestyle=":")
+    warm = [record for record in records if record["phase"] == "warm start"]
+    meta = [record for record in records if record["phase"] == "meta"]
+    offset = max((record["step"] for record in warm), default=0)
+    support = [record.get("support/loss") or [None] for record in meta]
+    curves = (
+        ("joint warm start", COLOURS[4], warm, [record.get("loss") for record in warm], 0),
+        ("support, before adapting", COLOURS[1], meta, [trace[0] for trace in support], offset),
+        ("support, at the last inner step", COLOURS[2], meta, [trace[-1] for trace in support], offset),
+        ("query, after adapting", COLOURS[0], meta, [record.get("loss") for record in meta], offset),
+    )
+    for name, colour, chosen, losses, begin in curves:
+        steps = [record["step"] + begin for record in chosen]
+        values = _numbers(losses)
+        if np.isfinite(values).any():
+            axis.plot(steps, values, color=colour, label=name, linewidth=1.8 if name.startswith("query") else 1.2)
+    if warm and meta:
+        axis.axvline(offset, color=INK, linewidth=0.8, linestyle=":")
     _finish(axis, "step", "loss, nats per image")
-    if axis.lines:
+    if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def adaptation_curve(lines: Sequence[Line], trained_steps: int, *, unit: str = "ELBO") -> Figure:
-    """Draw likelihood over inner steps with 95 % bands: the first line is the one in question."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    last = max(max(line.steps) for line in lines)
-    for number, line in enumerate(lines):
-        colour = ACCENT if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
-        mean, low, high = (_numbers(values) for values in (line.mean, line.low, line.high))
-        steps = np.asarray(line.steps)
-        if len(steps) == 1:
-            steps, mean, low, high = np.array([0, last]), *(np.repeat(values, 2) for values in (mean, low, high))
-        style = "-" if number == 0 else "--"
-        axis.plot(steps, mean, style, color=colour, label=line.name, linewidth=2.2 if number == 0 else 1.3)
-        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.axvline(trained_steps, color=INK, linewidth=0.8, linestyle=":")
-    axis.annotate(
-        "trained number", (trained_steps, 0.02), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", **STYLE
-    )
-    _limit(axis, lines)
-    _finish(axis, "inner step", f"{unit}, nats per image (higher is better)")
-    axis.legend(frameon=False, fontsize=8)
+def adaptation_curve(lines: Sequence[Line], above: Sequence[Line], trained_steps: int, *, reference: str) -> Figure:
+    """Draw likelihood over inner steps with 95 % bands; the first line of each panel is the one in question.
+
+    Args:
+        lines: the systems' ELBO. Its bands are wide where classes differ, so beside it are
+        above: the same as paired differences, class by class, to the reference.
+        trained_steps: the number of inner steps of training.
+        reference: what the differences are to.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = {
+        line.name: ACCENT if number == 0 else COLOURS[number % len(COLOURS)] for number, line in enumerate(lines)
+    }
+    for axis, shown in ((left, lines), (right, above)):
+        _draw(axis, shown, colours, max(max(line.steps) for line in lines))
+        axis.axvline(trained_steps, color=INK, linewidth=0.8, linestyle=":")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.axhline(0, color=INK, linewidth=0.8)
+    _finish(left, "inner step (dotted: the trained number)", "ELBO, nats per image (higher is better)")
+    _finish(right, "inner step (dotted: the trained number)", f"above {reference}, paired by class")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -131,23 +138,38 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         | maml   | -119.1 |
     """
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in [header, *rows]]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def _limit(axis: Any, lines: Sequence[Line]) -> None:
-    """Leave out of sight what is far below everything else (a baseline that diverges), and say so."""
-    means = [_numbers(line.mean) for line in lines]
-    best = max(np.nanmax(mean, initial=-np.inf) for mean in means)
-    question = means[0][np.isfinite(means[0])]
-    if not len(question):
-        return
-    span = max(best - question.min(), 1.0)
-    floor = question.min() - 3 * span
-    hidden = [line.name for line, mean in zip(lines, means, strict=True) if np.nanmin(mean, initial=np.inf) < floor]
-    if hidden:
-        axis.set_ylim(floor, best + 0.3 * span)
-        axis.set_title(f"partly below the axis: {', '.join(hidden)}", **STYLE)
+def _draw(axis: Any, lines: Sequence[Line], colours: Mapping[str, str], last: int) -> None:
+    """Draw lines with their bands; what is far below the first one (a baseline that diverges) is only named."""
+    question = _numbers(lines[0].mean)
+    span = max(float(np.nanmax(question, initial=-np.inf) - np.nanmin(question, initial=np.inf)), 5.0)
+    floor = float(np.nanmin(question, initial=np.inf)) - 1.5 * span
+    lows: list[float] = []
+    highs: list[float] = []
+    hidden: list[str] = []
+    for number, line in enumerate(lines):
+        mean, low, high = (_numbers(values) for values in (line.mean, line.low, line.high))
+        steps = np.asarray(line.steps)
+        if len(steps) == 1:
+            steps, mean, low, high = np.array([0, last]), *(np.repeat(values, 2) for values in (mean, low, high))
+        style, width = ("-", 2.2) if number == 0 else ("--", 1.4)
+        axis.plot(steps, mean, style, color=colours[line.name], label=line.name, linewidth=width)
+        axis.fill_between(steps, low, high, color=colours[line.name], alpha=0.15 if number == 0 else 0.08, linewidth=0)
+        if np.isfinite(floor) and not np.nanmin(mean, initial=np.inf) >= floor:
+            hidden.append(line.name)
+        else:
+            lows.append(float(np.nanmin(low, initial=np.inf)))
+            highs.append(float(np.nanmax(high, initial=-np.inf)))
+    if hidden and np.isfinite([*lows, *highs]).all():
+        margin = 0.05 * (max(highs) - min(lows))
+        axis.set_ylim(min(lows) - margin, max(highs) + margin)
+        axis.set_title(f"in part or whole below: {', '.join(hidden)}", color=INK, fontsize=8)
 
 
 def _finish(axis: Any, x: str, y: str) -> None:

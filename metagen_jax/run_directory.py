@@ -90,7 +90,9 @@ def create(path: Path | str, config: TrainConfig, data: Parts) -> RunDirectory:
     """
     run = RunDirectory(Path(path).expanduser())
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise ValueError(f"{run.path} exists already, and a run is never written over; choose another folder with --out")
+        raise ValueError(
+            f"{run.path} exists already, and a run is never written over; choose another folder with --out"
+        )
     run.path.mkdir(parents=True, exist_ok=True)
     if data.images is not None and data.split is not None:
         splits.write(data.split, data.images, run.split)
@@ -105,6 +107,18 @@ def create(path: Path | str, config: TrainConfig, data: Parts) -> RunDirectory:
     content = {**json.loads(to_json(config)), "provenance": provenance._asdict()}
     run.config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def check_free(path: Path | str) -> Path:
+    """Return the path if a new run may be made there: nothing is there, or an empty folder.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already, and a run is never written over; choose another folder with --out")
+    return path
 
 
 def next_path(root: Path | str, stem: str) -> Path:
@@ -142,7 +156,8 @@ def find(path: Path | str) -> RunDirectory:
     if path.name == LATEST and path.is_file():
         path = path.parent / path.read_text(encoding="utf-8").strip()
     if not (path / "config.json").is_file():
-        near = sorted(entry.parent.name for entry in path.parent.glob("*/config.json")) if path.parent.is_dir() else []
+        beside = path.parent.glob("*/config.json") if path.parent.is_dir() else ()
+        near = sorted(entry.parent.name for entry in beside if not entry.parent.is_symlink())
         hint = f"; runs in {path.parent}: {', '.join(near[:8])}" if near else ""
         raise ValueError(f"{path} is not the folder of a run (it has no config.json){hint}")
     return RunDirectory(path.resolve())
@@ -157,7 +172,8 @@ def read_config(run: RunDirectory) -> tuple[TrainConfig, Provenance]:
     try:
         content = json.loads(run.config.read_text(encoding="utf-8"))
         provenance = Provenance(**content.pop("provenance"))
-        provenance = provenance._replace(event=tuple(provenance.event))
+        height, width, channels = provenance.event
+        provenance = provenance._replace(event=(height, width, channels))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{run.config} is not the configuration of a run ({error})") from error
     return from_json(json.dumps(content), where=run.config), provenance

@@ -16,7 +16,7 @@ from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
 from metagen_jax.meta.learners import MetaLearner, task_keys
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import Sampler
-from metagen_jax.types import Array, ArrayTree, Key, Metrics, Params
+from metagen_jax.types import Array, Key, Metrics, Params
 
 
 class TrainState(NamedTuple):
@@ -115,17 +115,19 @@ def make_step(
         direction = jax.tree.map(lambda leaf: leaf * scale, direction)
         still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
         direction = {name: (direction | still)[name] for name in state.meta}
-        updates, opt = optimizer.update(direction, state.opt, state.meta)
-        meta = optax.apply_updates(state.meta, updates)
-        decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
-        average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta)
-        good = finite.any() & _all_finite((meta, average))
-        meta, average, opt = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (meta, average, opt), (state.meta, state.average, state.opt)
-        )
+        norm = optax.tree.norm(direction)
+
+        def follow() -> tuple[Params, Params, Any]:
+            updates, opt = optimizer.update(direction, state.opt, state.meta)
+            meta = optax.apply_updates(state.meta, updates)
+            decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
+            return meta, jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta), opt
+
+        usable = finite.any() & jnp.isfinite(norm)
+        meta, average, opt = jax.lax.cond(usable, follow, lambda: (state.meta, state.average, state.opt))
         first = jnp.argmin(finite)
         metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, kept), per_task) | {
-            "grad_norm": optax.global_norm(direction),
+            "grad_norm": norm,
             "num_nonfinite": (~finite).sum(),
             "finite_share": finite.mean(),
             "bad_task": jnp.where(finite.all(), -1, first),
@@ -236,11 +238,6 @@ def _advice(step: int, metrics: Any) -> str:
         "for this loss (losses are in nats per image, summed over pixels): divide it by ten; clipping or a smaller "
         "outer rate help where it happens only late in training"
     )
-
-
-def _all_finite(tree: ArrayTree) -> Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _weighted_mean(values: Array, weights: Array) -> Array:

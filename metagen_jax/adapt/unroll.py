@@ -45,7 +45,8 @@ def unroll(
         num_steps: K; zero returns what `start` gives.
         first_order: treat the directions as constants, d phi_K / d phi_0 = I. Rates are still learned.
         inner_grad: "reverse" differentiates the inner gradient in reverse mode; "forward_over_reverse" by one forward
-            pass over it, which stores far less (needs a field made by `vector_field`).
+            pass over it, which stores far less (needs a field made by `vector_field`), and is slower where most
+            parameters do not move: their part of the meta-gradient is then made for each task apart.
         remat: "none" stores every step for the backward pass, "step" recomputes each, "nested" recomputes blocks of
             sqrt(K) steps, so that memory grows with the square root of K.
 

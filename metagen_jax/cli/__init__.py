@@ -1,7 +1,7 @@
 """The command `metagen`: every mistake of a user ends in one message on standard error, and no traceback."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -22,7 +22,7 @@ Command = (
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[info.Info, tyro.conf.subcommand("info")]
 )
-RUN = {
+RUN: dict[type, Callable[[Any], None]] = {
     quickstart.Quickstart: quickstart.run,
     train.Train: train.run,
     evaluate.Evaluate: evaluate.run,
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--traceback"]
     try:
         command: Any = tyro.cli(
-            Command,  # type: ignore[arg-type]
+            Command,
             prog="metagen",
             description=DESCRIPTION,
             args=arguments,

@@ -64,10 +64,12 @@ def run(arguments: Adapt) -> None:
     report.save(report.support_and_samples(np.asarray(x), np.asarray(samples)), a.out)
 
     steps, shots = finished.config.inner.steps, finished.config.shots
-    print(f"adapted to {len(x)} images in {milliseconds:.1f} ms ({steps} steps; compiled once in {compile_seconds:.1f} s)")
+    print(
+        f"adapted to {len(x)} images in {milliseconds:.1f} ms ({steps} steps; compiled once in {compile_seconds:.1f} s)"
+    )
     if steps and "loss" in trace:
         loss = np.asarray(trace["loss"])
-        print(f"loss on them: {loss[0]:.2f} nats per image at the first step, {loss[-1]:.2f} at the last")
+        print(f"loss on them: {loss[0]:.2f} nats per image before adapting, {loss[-1]:.2f} before the last step")
     if not shots[0] <= len(x) <= shots[1]:
         print(f"note: the run was trained with {shots[0]} to {shots[1]} images a task")
     print(f"{a.num} new images: {a.out}")

@@ -15,13 +15,13 @@ from metagen_jax import baselines, build, report
 from metagen_jax.build import Parts
 from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished, load, load_data
+from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, above, advantages, interval, intervals, lines, markdown
 from metagen_jax.cli.train import held_out
 from metagen_jax.evaluate import Curve, adaptation_curve, exemplar_scores
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.exemplar import fit_exemplars
-from metagen_jax.metrics.interval import over_classes
 from metagen_jax.progress import Progress
-from metagen_jax.report import Column, Line
+from metagen_jax.report import Column
 from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Key, Metrics, Params
@@ -31,7 +31,6 @@ CHOICE_CLASSES = 16  # by which the baselines' rates are chosen
 STRIP_TASKS, STRIP_IMAGES, STRIP_STEPS = 8, 4, (0, 1, 3, 5)
 COPY_EPISODES = 64  # by which the copy baseline is fitted
 
-FINE_TUNED, NOT_ADAPTED = "joint, fine-tuned", "joint, not adapted"
 TEST, CHOICE, JOINT, SCRATCH, COPY, STRIP = range(100, 106)  # what the seed's keys are folded for
 
 
@@ -68,7 +67,9 @@ def run(arguments: Evaluate) -> None:
     finished = load(arguments.run)
     result = evaluate_run(finished, arguments)
     print((finished.run.path / "evaluation.md").read_text(encoding="utf-8"))
-    print(f"{len(result['systems'])} systems, {result['protocol']['classes']} classes; figures in {finished.run.figures}")
+    print(
+        f"{len(result['systems'])} systems, {result['protocol']['classes']} classes; figures in {finished.run.figures}"
+    )
 
 
 def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
     specs = build.specs(data, options.part, options.classes)
     key = jax.random.key(config.seed)
     name = f"{config.learner} ({config.model})"
-    systems, notes = [System(name, finished.learner, finished.meta, 16)], {}
+    systems, notes = [System(name, finished.learner, finished.meta, 16)], dict[str, str]()
     if options.baselines:
         others, notes = _baselines(finished, data, options)
         systems += others
@@ -104,45 +105,23 @@ def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
             "curve_samples": min(options.num_samples, CURVE_SAMPLES),
             "unit": "nats per image, larger is better; mean and 95 % bootstrap interval over classes",
         },
-        "systems": {name: _summary(curves[name], tables[name]) for name in curves},
-        "advantages": _advantages(name, tables, config.inner.steps),
-        "copy": None if copy is None else _interval(copy),
+        "systems": {name: {"curve": intervals(curves[name]), "table": intervals(tables[name])} for name in curves},
+        "reference": NOT_ADAPTED if FINE_TUNED in curves else f"{name} at step 0",
+        "above": {other: above(curve, curves.get(FINE_TUNED, curves[name])) for other, curve in curves.items()},
+        "advantages": advantages(name, tables, config.inner.steps),
+        "copy": None if copy is None else interval(copy),
         "notes": notes,
     }
     result = jsonable(result)
     (finished.run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (finished.run.path / "evaluation.md").write_text(markdown(result), encoding="utf-8")
-    lines = _lines(result)
-    report.save(report.adaptation_curve(lines, config.inner.steps), finished.run.figures / "adaptation_curve.png")
+    report.save(
+        report.adaptation_curve(*lines(result), config.inner.steps, reference=result["reference"]),
+        finished.run.figures / "adaptation_curve.png",
+    )
     strip = adaptation_strip(finished, family, data, options.part, jax.random.fold_in(key, STRIP))
     report.save(strip, finished.run.figures / "adaptation_strip.png")
     return result
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return the tables of an evaluation: ELBO and IWAE at step 0, the trained number, and twice that."""
-    protocol = result["protocol"]
-    trained = protocol["trained_steps"]
-    chosen = sorted({0, trained, 2 * trained})
-    pieces = [
-        f"{protocol['classes']} {protocol['part']} classes of {protocol['data']}, {protocol['shots']} shots, "
-        f"{protocol['query']} query images, {protocol['meta_steps']} meta-steps; {protocol['unit']}\n"
-    ]
-    for bound, title in (("elbo", "ELBO"), ("iwae", f"IWAE-{protocol['num_samples']}")):
-        header = [title, *(f"step {step}" for step in chosen), f"gain at {trained}"]
-        rows = []
-        for name, system in result["systems"].items():
-            table = system["table"]
-            at = {step: entry for step, entry in zip(table["steps"], table[bound], strict=True)}
-            gain = dict(zip(table["steps"], table[f"{bound}_gain"], strict=True))[trained]
-            rows.append([name, *(_cell(at[step]) for step in chosen), _cell(gain)])
-            if name == FINE_TUNED:
-                rows.append([NOT_ADAPTED, *[_cell(at[0])] * len(chosen), ""])
-        if result["copy"] is not None:
-            rows.append(["copy (exact)", _cell(result["copy"]), *[""] * len(chosen)])
-        pieces.append(report.table(header, rows) + "\n")
-    pieces += [f"{name}: {note}  " for name, note in result["notes"].items()]
-    return "\n".join(pieces) + "\n"
 
 
 def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: str, key: Key) -> Any:
@@ -179,15 +158,14 @@ def _baselines(finished: Finished, data: Parts, options: Evaluate) -> tuple[list
     specs = build.specs(data, part, CHOICE_CLASSES)
     random = built.model.init(jax.random.fold_in(key, SCRATCH))
     learner = baselines.stepper(built, steps)
+    choose = baselines.chooser(built, family, specs, jax.random.fold_in(key, CHOICE), steps)
     systems, notes = [], {"joint": joint_note}
     for name, begin, candidates in (
         (FINE_TUNED, joint, baselines.FINE_TUNING),
         ("scratch (SGD)", random, baselines.SCRATCH_SGD),
         ("scratch (Adam)", random, baselines.SCRATCH_ADAM),
     ):
-        rule = baselines.choose(
-            candidates, built, begin, family, specs, jax.random.fold_in(key, CHOICE), steps
-        )
+        rule = choose(begin, candidates)
         systems.append(System(name, learner, baselines.with_rule(begin, rule), 8))
         notes[name] = f"{rule}, the best of {len(candidates)} rules on {specs.shape[0]} {part} classes"
     return systems, notes
@@ -228,7 +206,7 @@ def _measure(
     few = min(options.num_samples, CURVE_SAMPLES)
 
     def curve(steps: Sequence[int], num_samples: int) -> Curve:
-        with Progress(system.name, specs.shape[0], unit="class") as progress:
+        with Progress(system.name, specs.shape[0], unit="task") as progress:
             return adaptation_curve(
                 system.learner.path,
                 finished.built.latent,
@@ -249,9 +227,7 @@ def _measure(
     return everywhere, curve((0, trained, 2 * trained), options.num_samples)
 
 
-def _copy(
-    data: Parts, finished: Finished, family: TaskFamily, specs: Spec, key: Key, shots: int
-) -> np.ndarray | None:
+def _copy(data: Parts, finished: Finished, family: TaskFamily, specs: Spec, key: Key, shots: int) -> np.ndarray | None:
     """Return the copy baseline's log-likelihood per class, None for images with greys, for which it is not defined."""
     if not data.binary:
         return None
@@ -269,58 +245,3 @@ def _copy(
         images = build.take(data, "train").images
     exemplars = fit_exemplars(images, tasks.support, tasks.query)
     return exemplar_scores(exemplars, family, specs, jax.random.fold_in(key, TEST))
-
-
-def _summary(curve: Curve, table: Curve) -> dict[str, Any]:
-    return {"curve": _intervals(curve), "table": _intervals(table)}
-
-
-def _intervals(curve: Curve) -> dict[str, Any]:
-    """Return intervals at every step, and those of the paired differences to step 0."""
-    entry: dict[str, Any] = {"steps": curve.steps}
-    for bound, values in (("elbo", curve.elbo), ("iwae", curve.iwae)):
-        entry[bound] = [_interval(column) for column in values.T]
-        entry[f"{bound}_gain"] = [_interval(column - values[:, 0]) for column in values.T]
-    return entry
-
-
-def _interval(values: np.ndarray) -> dict[str, Any]:
-    """Return mean, low and high, all None where a class is not finite: it diverged, and no mean may hide that."""
-    lost = int((~np.isfinite(values)).sum())
-    if lost:
-        return {"mean": None, "low": None, "high": None, "num_nonfinite": lost}
-    return {**over_classes(values)._asdict(), "num_nonfinite": 0}
-
-
-def _advantages(name: str, tables: dict[str, Curve], trained: int) -> dict[str, Any]:
-    """Return the paired differences of the run to each baseline, each after the trained number of steps."""
-    compared = {other: (table, trained) for other, table in tables.items() if other != name}
-    if FINE_TUNED in tables:
-        compared[NOT_ADAPTED] = (tables[FINE_TUNED], 0)
-
-    def at(table: Curve, step: int, bound: str) -> np.ndarray:
-        return getattr(table, bound)[:, list(table.steps).index(step)]
-
-    return {
-        other: {bound: _interval(at(tables[name], trained, bound) - at(*entry, bound)) for bound in ("elbo", "iwae")}
-        for other, entry in compared.items()
-    }
-
-
-def _lines(result: dict[str, Any]) -> list[Line]:
-    def line(name: str, steps: Sequence[int], entries: Sequence[dict[str, Any]]) -> Line:
-        return Line(name, steps, *([entry[field] for entry in entries] for field in ("mean", "low", "high")))
-
-    systems = {name: system["curve"] for name, system in result["systems"].items()}
-    lines = [line(name, curve["steps"], curve["elbo"]) for name, curve in systems.items()]
-    if fine_tuned := systems.get(FINE_TUNED):
-        lines.append(line(NOT_ADAPTED, [0], fine_tuned["elbo"][:1]))
-    if result["copy"] is not None:
-        lines.append(line("copy of the support (exact)", [0], [result["copy"]]))
-    return lines
-
-
-def _cell(entry: dict[str, Any]) -> str:
-    if entry["mean"] is None:
-        return f"diverged ({entry['num_nonfinite']} classes)"
-    return f"{entry['mean']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"

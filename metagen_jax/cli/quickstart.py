@@ -3,9 +3,11 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from metagen_jax.cli.evaluate import Evaluate, evaluate_run
 from metagen_jax.cli.runs import load
+from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, cell
 from metagen_jax.cli.train import train_run
 from metagen_jax.config import InnerConfig, ModelConfig, OuterConfig, TrainConfig
 from metagen_jax.report import table
@@ -42,7 +44,7 @@ def run(arguments: Quickstart) -> None:
     print(f"Now your own images: metagen adapt {directory.path} --support FOLDER --num 25 --out grid.png", flush=True)
 
 
-def summary(result: dict) -> str:
+def summary(result: dict[str, Any]) -> str:
     """Return a short table: every system after the trained number of steps, and how far the run is above it."""
     protocol = result["protocol"]
     trained = protocol["trained_steps"]
@@ -50,14 +52,20 @@ def summary(result: dict) -> str:
     for name, system in result["systems"].items():
         at = system["table"]["steps"].index(trained)
         advantage = result["advantages"].get(name, {}).get("elbo")
-        rows.append([name, _cell(system["table"]["elbo"][at]), "" if advantage is None else _cell(advantage)])
+        rows.append([name, cell(system["table"]["elbo"][at]), "" if advantage is None else cell(advantage)])
+        if name == FINE_TUNED:
+            rows.append(
+                [NOT_ADAPTED, cell(system["table"]["elbo"][0]), cell(result["advantages"][NOT_ADAPTED]["elbo"])]
+            )
     first = next(iter(result["systems"].values()))["table"]
-    rows.insert(1, ["the same at step 0", _cell(first["elbo"][0]), _cell(first["elbo_gain"][first["steps"].index(trained)])])
+    rows.insert(
+        1, ["the same at step 0", cell(first["elbo"][0]), cell(first["elbo_gain"][first["steps"].index(trained)])]
+    )
     if result["copy"] is not None:
-        rows.append(["copy of the support (exact)", _cell(result["copy"]), ""])
-    header = [f"{protocol['shots']} shots, {protocol['classes']} unseen characters", f"ELBO after {trained} steps", "run is above it by"]
+        rows.append(["copy of the support (exact)", cell(result["copy"]), ""])
+    header = [
+        f"{protocol['shots']} shots, {protocol['classes']} unseen characters",
+        f"ELBO after {trained} steps",
+        "run is above it by",
+    ]
     return table(header, rows) + "\nnats per image, larger is better; 95 % intervals over characters"
-
-
-def _cell(entry: dict) -> str:
-    return "diverged" if entry["mean"] is None else f"{entry['mean']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"

@@ -30,7 +30,7 @@ from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.interval import over_classes
 from metagen_jax.models.vae import Vae
 from metagen_jax.progress import Progress
-from metagen_jax.run_directory import RunDirectory, append, create, next_path, point_latest, read_metrics
+from metagen_jax.run_directory import RunDirectory, append, check_free, create, next_path, point_latest, read_metrics
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import TrainState, init_state, make_step, train
 from metagen_jax.types import Metrics, Params
@@ -72,9 +72,9 @@ class Train:
     """meta-steps between checkpoints"""
     tensorboard: bool = False
     """also write TensorBoard events into the run's folder (extra: tensorboard)"""
-    network: ModelConfig = ModelConfig()
-    inner: InnerConfig = InnerConfig()
-    outer: OuterConfig = OuterConfig()
+    network: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
+    outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
 
 
 def run(arguments: Train) -> None:
@@ -105,6 +105,8 @@ def train_run(
     check(config)
     if checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
+    if out is not None:
+        check_free(out)
     writer = _tensorboard() if tensorboard else None
     data = build.parts(config.data)
     built = build.model(config.network, data.event, data.binary)
@@ -189,8 +191,8 @@ def _short_evaluation(
         return f"{part} classes: no interval ({np.isfinite(after).sum()} of {len(after)} classes are finite)"
     gain = over_classes(after - before)
     return (
-        f"{len(before)} {part} classes: ELBO {before.mean():.2f} before adapting, {after.mean():.2f} after {steps} steps "
-        f"(gain {gain.mean:.2f}, 95 % interval {gain.low:.2f} to {gain.high:.2f} nats per image)"
+        f"{len(before)} {part} classes: ELBO {before.mean():.2f} before adapting, {after.mean():.2f} after {steps} "
+        f"steps (gain {gain.mean:.2f}, 95 % interval {gain.low:.2f} to {gain.high:.2f} nats per image)"
     )
 
 
@@ -202,7 +204,7 @@ def _on_chunk(phase: str, log: Logger, progress: Progress) -> Callable[[TrainSta
         record = summarise(metrics)
         seconds = round(time.perf_counter() - begin, 3)
         log(step, {"phase": phase, "step": step, "seconds": seconds, **record})
-        progress.update(step, record.get("loss"))
+        progress.update(step, record["loss"] if "loss" in record else record.get("support/loss", [None])[-1])
 
     return on_chunk
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from metagen_jax.games import GradientField, vector_field
-from metagen_jax.types import Array, ArrayTree, Field, Key, Losses, Metrics, Params, Task
+from metagen_jax.types import Array, Field, Key, Losses, Metrics, Params, Task
 
 TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
 """(meta, keys [T], tasks [T, ...], weights [T]) -> (sum of weight * direction, metrics [T, ...])."""
@@ -39,8 +40,10 @@ def sum_over_tasks(field: Field, *, chunk: int | None = None) -> TotalField:
             direction, metrics = together(meta, *piece)
             return jax.tree.map(jnp.add, sum_so_far, direction), metrics
 
-        shapes, _ = jax.eval_shape(together, meta, *jax.tree.map(lambda leaf: leaf[0], pieces))
-        direction, metrics = jax.lax.scan(add, _zeros(shapes), pieces)
+        first = jax.tree.map(lambda leaf: leaf[:chunk], (jax.random.clone(keys), tasks, weights))
+        shapes, _ = jax.eval_shape(together, meta, *first)
+        zero = jax.tree.map(lambda leaf: _like(jnp.zeros(leaf.shape, leaf.dtype), weights), shapes)
+        direction, metrics = jax.lax.scan(add, zero, pieces)
         return direction, jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), metrics)
 
     return total
@@ -60,31 +63,33 @@ def finite_sum(
     """
     num_tasks = weights.shape[0]
     last = num_tasks + 2
-    everything = jnp.ones(num_tasks, bool)
 
     def evaluate(active: Array) -> tuple[Params, Metrics]:
         stand_in = jnp.where(active, jnp.arange(num_tasks), jnp.argmax(active))
-        picked = jax.tree.map(lambda leaf: leaf[stand_in], (keys, tasks))
+        picked = jax.tree.map(lambda leaf: leaf[stand_in], (jax.random.clone(keys), tasks))  # the same noise each time
         return total(meta, *picked, jnp.where(active, weights, 0.0))
 
     def attempt(carry: Any) -> Any:
-        number, active, _, first, passed, kept, _ = carry
+        number, active, _, first, passed, _, _ = carry
         direction, metrics = evaluate(active)
-        finite = _finite(direction) & active.any()
         first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, metrics)
-        probing = (number >= 2) & (number < last)
-        passed = passed.at[jnp.maximum(number - 2, 0)].set(jnp.where(probing, finite, passed[number - 2]))
         losses_finite = _losses_finite(first, num_tasks)
+        finite = jnp.isfinite(optax.tree.norm(direction)) & active.any() & (losses_finite | ~active).all()
+        probing = (number >= 2) & (number < last)
+        passed = jnp.where(probing & (jnp.arange(num_tasks) == number - 2), finite, passed)
         hopeless = (number == 0) & ~losses_finite.any()
         done = (finite & ~probing) | (number == last) | hopeless
-        kept = jnp.where(finite & done, active, jnp.zeros_like(active))
+        kept = active & finite & done
         alone = jnp.arange(num_tasks) == number - 1  # the next attempt's number, less two
         following = jnp.where(number == 0, losses_finite, jnp.where(number + 1 < last, alone, passed))
         return number + 1, following, direction, first, passed, kept, done
 
-    shapes = jax.eval_shape(evaluate, everything)
-    direction, metrics = _zeros(shapes)
-    begin = (jnp.array(0), everything, direction, metrics, ~everything, ~everything, jnp.array(False))
+    everything = _like(jnp.ones(num_tasks, bool), weights)
+    direction, metrics = jax.tree.map(
+        lambda leaf: _like(jnp.zeros(leaf.shape, leaf.dtype), weights), jax.eval_shape(evaluate, everything)
+    )
+    number, done = _like(jnp.array(0), weights), _like(jnp.array(False), weights)
+    begin = (number, everything, direction, metrics, ~everything, ~everything, done)
     _, _, direction, metrics, _, kept, _ = jax.lax.while_loop(lambda carry: ~carry[-1], attempt, begin)
     return jax.tree.map(lambda leaf: jnp.where(kept.any(), leaf, 0.0), direction), metrics, kept
 
@@ -97,7 +102,7 @@ def query_losses(metrics: Metrics, prefix: str = "") -> list[Array]:
 def _as_one_game(field: GradientField) -> TotalField:
     def game(meta: Params, keys: Key, batch: tuple[Task, Array]) -> tuple[Losses, Metrics]:
         tasks, weights = batch
-        groups = field.groups_of(meta, keys[0], jax.tree.map(lambda leaf: leaf[0], tasks))
+        groups = field.groups_of(meta, jax.random.clone(keys)[0], jax.tree.map(lambda leaf: leaf[0], tasks))
 
         def one(key: Key, task: Task) -> tuple[list[Array], Metrics]:
             losses, metrics = field.game(meta, key, task)
@@ -128,15 +133,12 @@ def _one_by_one(field: Field) -> TotalField:
     return total
 
 
-def _finite(tree: ArrayTree) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
 def _losses_finite(metrics: Metrics, num_tasks: int) -> Array:
     losses = query_losses(metrics) + query_losses(metrics, "support/")
     flat = [jnp.isfinite(loss).reshape(num_tasks, -1).all(1) for loss in losses]
     return jnp.stack(flat).all(0) if flat else jnp.ones(num_tasks, bool)
 
 
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _like(value: Array, reference: Array) -> Array:
+    """Return the value, typed as differing between devices where the reference does (inside `shard_map`)."""
+    return jnp.where(reference[0] == reference[0], value, value)

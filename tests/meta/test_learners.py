@@ -98,7 +98,7 @@ LEARNERS = {
         model, mg.fixed(optax.sgd(1e-2)), 3, inner_grad="forward_over_reverse", remat="nested"
     ),
     "maml_momentum": lambda model: mg.maml(model, mg.fixed(optax.sgd(1e-2, momentum=0.9)), 3),
-    "maml_adam": lambda model: mg.maml(model, mg.fixed(optax.adam(1e-2, eps_root=1e-8)), 3),
+    "maml_adam": lambda model: mg.maml(model, mg.fixed(optax.adam(1e-2, eps_root=1e-4)), 3),
     "maml_plus_plus": lambda model: mg.maml(model, mg.per_step(3, RATES, PLAYERS), 3),
     "maml_fast": lambda model: mg.maml(model, mg.per_step(3, RATES, FAST, elementwise=True), 3, players=FAST),
     "fomaml": lambda model: mg.fomaml(model, mg.fixed(optax.sgd(1e-2)), 3),
