@@ -89,11 +89,15 @@ def train_row(config: TrainConfig, data: build.Parts, start: mg.Params) -> tuple
     family = with_symmetries(build.family(data, "train", config.shots, config.query))
     learner = build.learner(config, build.model(config.network, data.event, data.binary))
     optimizer, sampler = build.outer(config), mg.uniform(family, config.outer.tasks)
-    meta = jax.tree.map(jnp.copy, {**learner.init(jax.random.key(config.seed + 1)), **{k: start[k] for k in start if k in build.JOINT}})
+    meta = jax.tree.map(
+        jnp.copy, {**learner.init(jax.random.key(config.seed + 1)), **{k: start[k] for k in start if k in build.JOINT}}
+    )
     state = mg.init_state(learner, sampler, optimizer, jax.random.key(config.seed + 2), meta=meta)
     step = mg.make_step(learner, family, sampler, optimizer, average_decay=config.outer.average_decay)
     begin, bad = time.perf_counter(), []
-    state = mg.train(step, state, family.data, config.outer.steps, on_chunk=lambda s, m: bad.append(m["num_nonfinite"].sum()))
+    state = mg.train(
+        step, state, family.data, config.outer.steps, on_chunk=lambda s, m: bad.append(m["num_nonfinite"].sum())
+    )
     return state.average, {"seconds": time.perf_counter() - begin, "nonfinite_tasks": float(sum(bad))}
 
 
@@ -106,8 +110,14 @@ def score(config: Config, run: TrainConfig, data: build.Parts, meta: mg.Params) 
     for shots in SHOTS:
         family = build.family(data, "test", shots, config.query)
         curve = adaptation_curve(
-            learner.path, model.latent, family, meta, specs, jax.random.key(7),
-            steps=(0, config.steps, 2 * config.steps), num_samples=config.num_samples,
+            learner.path,
+            model.latent,
+            family,
+            meta,
+            specs,
+            jax.random.key(7),
+            steps=(0, config.steps, 2 * config.steps),
+            num_samples=config.num_samples,
         )
         table[str(shots)] = {
             f"{name} {step}": list(_interval(-values[:, index]))
@@ -125,23 +135,34 @@ def copy_baseline(config: Config, data: build.Parts) -> dict[str, list[float]]:
     tasks = jax.vmap(lambda key, spec: train.make(train.data, key, spec))(keys, build.specs(data, "train", 200))
     exemplars = fit_exemplars(build.take(data, "train").images, tasks.support, tasks.query)
     specs = build.specs(data, "test", config.classes)
-    scores = {s: exemplar_scores(exemplars, build.family(data, "test", s, config.query), specs, jax.random.key(7)) for s in SHOTS}
+    scores = {
+        s: exemplar_scores(exemplars, build.family(data, "test", s, config.query), specs, jax.random.key(7))
+        for s in SHOTS
+    }
     return {str(shots): list(_interval(-values)) for shots, values in scores.items()}
 
 
 def markdown(results: dict) -> str:
     """Return the table of the README."""
-    def cell(entry: list[float] | None) -> str:
-        return "-" if entry is None or not np.isfinite(entry[0]) else f"{entry[0]:.1f} ± {(entry[2] - entry[1]) / 2:.1f}"
 
-    lines = ["| learner | shots | step 0 | step 5 | step 10 | gain at step 5 | meta-steps, minutes |", "|---|---|---|---|---|---|---|"]
+    def cell(entry: list[float] | None) -> str:
+        return (
+            "-" if entry is None or not np.isfinite(entry[0]) else f"{entry[0]:.1f} ± {(entry[2] - entry[1]) / 2:.1f}"
+        )
+
+    lines = [
+        "| learner | shots | step 0 | step 5 | step 10 | gain at step 5 | meta-steps, minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in results["learners"].items():
         for shots, entry in row["table"].items():
             cells = [cell(entry[f"iwae {step}"]) for step in (0, 5, 10)] + [cell(entry["gain"])]
             took = f"{row['meta_steps']}, {row['seconds'] / 60:.1f}" if shots == str(SHOTS[0]) else ""
             lines.append(f"| {name if shots == str(SHOTS[0]) else ''} | {shots} | {' | '.join(cells)} | {took} |")
     joint = results["joint"]
-    lines.append(f"| unconditional VAE (the common start) | - | {cell(joint['iwae'])} | - | - | - | {joint['steps']}, {joint['seconds'] / 60:.1f} |")
+    lines.append(
+        f"| unconditional VAE (the common start) | - | {cell(joint['iwae'])} | - | - | - | {joint['steps']}, {joint['seconds'] / 60:.1f} |"
+    )
     for shots, entry in results["copy"].items():
         lines.append(f"| {'copy baseline' if shots == str(SHOTS[0]) else ''} | {shots} | {cell(entry)} | - | - | - | |")
     return "\n".join(lines) + "\n"
@@ -154,20 +175,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config(joint_steps=600, meta_steps=200, reptile_steps=50, num_samples=50, classes=60) if arguments.quick else Config()
+    config = (
+        Config(joint_steps=600, meta_steps=200, reptile_steps=50, num_samples=50, classes=60)
+        if arguments.quick
+        else Config()
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     base = common(config, arguments.data_dir)
     data = build.parts(base.data)
     path = arguments.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"config": dataclasses.asdict(config), "learners": {}}
 
-    joint = dataclasses.replace(base, learner="joint", outer=dataclasses.replace(base.outer, steps=config.joint_steps, rate=2e-3))
+    joint = dataclasses.replace(
+        base, learner="joint", outer=dataclasses.replace(base.outer, steps=config.joint_steps, rate=2e-3)
+    )
     start = _kept(arguments.out / "joint.npz", lambda: train_row(joint, data, {}))
     if "joint" not in results:
         model = build.model(base.network, data.event, data.binary)
         curve = adaptation_curve(
-            build.learner(joint, model).path, model.latent, build.family(data, "test", 5, config.query), start[0],
-            build.specs(data, "test", config.classes), jax.random.key(7), steps=(0,), num_samples=config.num_samples,
+            build.learner(joint, model).path,
+            model.latent,
+            build.family(data, "test", 5, config.query),
+            start[0],
+            build.specs(data, "test", config.classes),
+            jax.random.key(7),
+            steps=(0,),
+            num_samples=config.num_samples,
         )
         results["joint"] = {"iwae": list(_interval(-curve.iwae[:, 0])), "elbo": list(_interval(-curve.elbo[:, 0]))}
         results["joint"] |= {"steps": config.joint_steps, **start[1]}
@@ -175,7 +208,9 @@ def main() -> None:
     for name, run in rows(config, base).items():
         if name in results["learners"]:
             continue
-        meta, took = _kept(arguments.out / f"{run.learner}-{run.inner.rates}.npz", lambda run=run: train_row(run, data, start[0]))
+        meta, took = _kept(
+            arguments.out / f"{run.learner}-{run.inner.rates}.npz", lambda run=run: train_row(run, data, start[0])
+        )
         results["learners"][name] = {"meta_steps": run.outer.steps, **took, "table": score(config, run, data, meta)}
         path.write_text(json.dumps(results, indent=2))
         print(markdown(results), flush=True)

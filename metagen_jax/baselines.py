@@ -37,15 +37,19 @@ RULE = "rule"
 NUM_SAMPLES = 5  # of the ELBO by which rates are chosen
 
 
+MOVING = (*build.JOINT, "prior")
+
+
 class Rule(NamedTuple):
     """A way to take gradient steps."""
 
     optimizer: Optimizer
     rate: float
-    players: tuple[str, ...] = ()  # those that move; none named: all
+    players: tuple[str, ...] = MOVING  # those that move
 
     def __str__(self) -> str:
-        return f"{self.optimizer} on {' and '.join(self.players) or 'all weights'} at {self.rate:g}"
+        who = "all weights" if self.players == MOVING else " and ".join(self.players)
+        return f"{self.optimizer} on {who} at {self.rate:g}"
 
 
 SCRATCH_SGD = [Rule("sgd", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
@@ -113,14 +117,15 @@ def joint_config(config: TrainConfig) -> TrainConfig:
 def stepper(built: Vae, num_steps: int) -> MetaLearner:
     """Return ordinary gradient steps as a learner: its meta-parameters are those of the model and a `Rule` as a player.
 
-    The rates are arguments of one program, so that many of them are tried at the price of one compilation.
+    What only meta-training gives a meaning to (a context vector and its maps) stays still. The rates are arguments of
+    one program, so that many of them are tried at the price of one compilation.
     """
-    return joint(built.model, learned(_rule, player=RULE), num_steps)
+    return joint(built.model, learned(_rule, player=RULE), num_steps, players=MOVING)
 
 
 def with_rule(params: Params, rule: Rule) -> Params:
     """Return meta-parameters for `stepper`."""
-    moving = {player: jnp.float32(rule.rate if player in (rule.players or params) else 0.0) for player in params}
+    moving = {player: jnp.float32(rule.rate if player in rule.players else 0.0) for player in params}
     still = dict.fromkeys(params, jnp.float32(0.0))
     return {**params, RULE: {name: moving if name == rule.optimizer else still for name in get_args(Optimizer)}}
 

@@ -1,7 +1,7 @@
 """From a configuration to functions: data and splits, model, learner, outer rule."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,7 @@ from metagen_jax.meta.learners import MetaLearner, anil, fomaml, joint, maml, me
 from metagen_jax.models.likelihoods import bernoulli, gaussian
 from metagen_jax.models.networks import conv_decoder, conv_encoder, mlp
 from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
+from metagen_jax.tasks.augment import with_symmetries
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
@@ -20,12 +21,14 @@ from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import Split, by_class, by_group, default
 from metagen_jax.tasks.strokes import CLASSES, strokes
 from metagen_jax.train import outer_optimizer
-from metagen_jax.types import Params
 
 FAST = ("prior", "context")
 """Players that tolerate, and need, far larger inner rates than network weights."""
 JOINT = ("encoder", "decoder", "head", "modulation")
 """What ordinary joint training learns: a prior or a context that no task moves would add nothing."""
+
+
+Part = Literal["train", "validation", "test"]
 
 
 class Parts(NamedTuple):
@@ -45,7 +48,7 @@ def parts(config: DataConfig) -> Parts:
     """
     if config.source == "strokes":
         return Parts(None, None, (28, 28, 1), True)
-    options = {"size": config.size} if Path(config.source).expanduser().is_dir() else {}
+    options: dict[str, Any] = {"size": config.size} if Path(config.source).expanduser().is_dir() else {}
     images = load(config.source, data_dir=config.data_dir, **options)
     if config.hold_out:
         split = by_group(images, test=config.hold_out)
@@ -54,18 +57,22 @@ def parts(config: DataConfig) -> Parts:
     return Parts(images, split, images.event, images.binary)
 
 
-def family(data: Parts, part: str, shots: int | tuple[int, int], query: int) -> TaskFamily:
+def family(
+    data: Parts, part: Part, shots: int | tuple[int, int], query: int, *, symmetries: bool = False
+) -> TaskFamily:
     """Return the tasks of one part of the split: "train", "validation" or "test".
+
+    `symmetries` turns and mirrors whole tasks, which is for training only.
 
     Raises:
         ValueError: too few images in a class, or no class in that part.
     """
-    if data.images is None:
-        return strokes(shots, query, split=part)
-    return episodes(take(data, part), shots, query)
+    images = None if data.images is None else take(data, part)
+    made = strokes(shots, query, split=part) if images is None else episodes(images, shots, query)
+    return with_symmetries(made) if symmetries else made
 
 
-def take(data: Parts, part: str) -> ImageSet:
+def take(data: Parts, part: Part) -> ImageSet:
     """Return the classes of one part of the split."""
     if data.images is None:
         raise ValueError("procedural strokes have no stored images to take")
@@ -75,7 +82,7 @@ def take(data: Parts, part: str) -> ImageSet:
     return data.images.take(classes)
 
 
-def specs(data: Parts, part: str, num: int | None = None) -> Spec:
+def specs(data: Parts, part: Part, num: int | None = None) -> Spec:
     """Return one description per class of a part [C, 1], at most `num` of them, evenly spread.
 
     A procedural source has as many classes as are asked for (200 if none are).
@@ -155,12 +162,9 @@ def _start(inner: InnerConfig, rates: dict[str, float], plain: Start) -> Start:
 
 def sgd(rates: dict[str, float]) -> optax.GradientTransformation:
     """Return gradient descent with one fixed rate for each player."""
-    first = next(iter(rates))  # what check_differentiable tries is no player; any rule of these answers for all
-
-    def labels(params: Params) -> dict[str, str]:
-        return {name: name if name in rates else first for name in params}
-
-    return optax.partition({player: optax.sgd(rate) for player, rate in rates.items()}, labels)
+    return optax.partition(
+        {player: optax.sgd(rate) for player, rate in rates.items()}, lambda params: {name: name for name in params}
+    )
 
 
 def outer(config: TrainConfig) -> optax.GradientTransformation:

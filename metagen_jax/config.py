@@ -28,6 +28,8 @@ class DataConfig:
     """alphabets, scripts or folders of classes to test on, instead of the above"""
     size: int = 28
     """height and width of the images of a user's folder"""
+    symmetries: bool = False
+    """train on every class in its eight symmetries and shifted by a pixel: for few or handwritten training classes"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,7 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
     try:
         nested = {"data": DataConfig, "network": ModelConfig, "inner": InnerConfig, "outer": OuterConfig}
         parts = {name: record(**_tuples(values.pop(name))) for name, record in nested.items()}
-        return TrainConfig(**parts, **_tuples(values))  # type: ignore[arg-type]
+        return TrainConfig(**parts, **_tuples(values))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where} does not fit this version ({error}); use the version that wrote it") from error
 

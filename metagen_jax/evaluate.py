@@ -28,37 +28,21 @@ class Curve(NamedTuple):
     num_samples: int  # importance samples of iwae
 
 
-def adaptation_curve(
+Measure = Callable[[Params, Spec, Key, Callable[[int], None]], Curve]
+"""(meta, specs [C, way], key, on_chunk) -> Curve; on_chunk is called with the number of tasks done."""
+
+
+def adaptation_curves(
     path: Path,
     latent: LatentVariable,
     family: TaskFamily,
-    meta: Params,
-    specs: Spec,
-    key: Key,
     *,
     steps: Sequence[int],
     num_samples: int = 50,
     episodes: int = 1,
     task_chunk: int = 16,
-    on_chunk: Callable[[int], None] = lambda done: None,
-) -> Curve:
-    """Estimate the likelihood of held-out query images after each of `steps` inner steps.
-
-    Args:
-        path: of a learner: the adapter step by step.
-        latent: of the model.
-        family: makes the tasks; its support and query sizes are the protocol's.
-        meta: meta-parameters.
-        specs: [C, way] int32, one description per class (or group of classes).
-        key: task c and episode e have a key folded from their numbers, so two systems meet the same episodes.
-        steps: inner steps to report, in any range from 0.
-        num_samples: importance samples per image; 1,000 for figures that are reported.
-        episodes: per class.
-        task_chunk: tasks at a time.
-        on_chunk: called with the number of tasks done after each chunk, for a progress bar.
-
-    Returns:
-        Per-class means over queries and episodes. A class whose adaptation diverged has NaN from there on.
+) -> Measure:
+    """Return the function that `adaptation_curve` describes; called again, it does not compile again.
 
     Raises:
         ValueError: no step, or a negative one.
@@ -81,8 +65,35 @@ def adaptation_curve(
 
         return jax.lax.map(at_step, params)
 
-    results = _over_tasks(one, meta, family.data, specs, key, episodes, task_chunk, on_chunk)
-    return Curve(chosen, results[0], results[1], num_samples)
+    many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)))
+
+    def measure(meta: Params, specs: Spec, key: Key, on_chunk: Callable[[int], None] = lambda done: None) -> Curve:
+        elbo, iwae = _over_tasks(many, meta, family.data, specs, key, episodes, task_chunk, on_chunk)
+        return Curve(chosen, elbo, iwae, num_samples)
+
+    return measure
+
+
+def adaptation_curve(
+    path: Path, latent: LatentVariable, family: TaskFamily, meta: Params, specs: Spec, key: Key, **options: Any
+) -> Curve:
+    """Estimate the likelihood of held-out query images after each of `steps` inner steps.
+
+    Args:
+        path: of a learner: the adapter step by step.
+        latent: of the model.
+        family: makes the tasks; its support and query sizes are the protocol's.
+        meta: meta-parameters.
+        specs: [C, way] int32, one description per class (or group of classes).
+        key: task c and episode e have a key folded from their numbers, so two systems meet the same episodes.
+        **options: of `adaptation_curves`: `steps`, the inner steps to report, in any range from 0; `num_samples`,
+            importance samples per image, 1,000 for figures that are reported; `episodes` per class; `task_chunk`,
+            tasks at a time.
+
+    Returns:
+        Per-class means over queries and episodes. A class whose adaptation diverged has NaN from there on.
+    """
+    return adaptation_curves(path, latent, family, **options)(meta, specs, key, lambda done: None)
 
 
 def exemplar_scores(
@@ -95,11 +106,12 @@ def exemplar_scores(
         task = family.make(data, jax.random.split(key, 3)[0], spec)
         return (score(task.support, task.query.x) * task.query.weight).sum() / task.query.weight.sum()
 
-    return _over_tasks(lambda *a: (one(*a),), {}, family.data, specs, key, episodes, task_chunk, lambda done: None)[0]
+    many = jax.jit(jax.vmap(lambda *a: (one(*a),), in_axes=(None, None, 0, 0)))
+    return _over_tasks(many, {}, family.data, specs, key, episodes, task_chunk, lambda done: None)[0]
 
 
 def _over_tasks(
-    one: Callable[..., tuple[Array, ...]],
+    many: Callable[..., tuple[Array, ...]],
     meta: Params,
     data: Any,
     specs: Spec,
@@ -115,7 +127,6 @@ def _over_tasks(
     total = num_classes * episodes
     task_chunk = min(task_chunk, total)
     rows = np.arange(-(-total // task_chunk) * task_chunk) % total
-    many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
     pieces = []
     for begin in range(0, len(rows), task_chunk):

@@ -38,9 +38,7 @@ class GradientField:
         return self.reverse(params, key, batch)
 
 
-def cooperative(
-    loss: Callable[[Params, Key, Any], tuple[Array, Metrics]], players: Sequence[str] = ("model",)
-) -> Game:
+def cooperative(loss: Callable[[Params, Key, Any], tuple[Array, Metrics]], players: Sequence[str] = ("model",)) -> Game:
     """Return the game in which all players share one loss.
 
     Args:
@@ -191,7 +189,7 @@ def _floats(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
 
     def rebuild(floats: list[Array]) -> Any:
         replacement = iter(floats)
-        return structure.unflatten([next(replacement) if _is_float(leaf) else leaf for leaf in leaves])
+        return jax.tree.unflatten(structure, [next(replacement) if _is_float(leaf) else leaf for leaf in leaves])
 
     return [leaf for leaf in leaves if _is_float(leaf)], rebuild
 
@@ -200,6 +198,6 @@ def _cotangent(tree: Any, floats: list[Array]) -> Any:
     """Return a cotangent of `tree`: these for its float leaves, the empty type for integers and keys."""
     leaves, structure = jax.tree.flatten(tree)
     given = iter(floats)
-    return structure.unflatten(
-        [next(given) if _is_float(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in leaves]
+    return jax.tree.unflatten(
+        structure, [next(given) if _is_float(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in leaves]
     )

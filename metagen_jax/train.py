@@ -34,13 +34,23 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    learner: MetaLearner, sampler: Sampler, optimizer: optax.GradientTransformation, key: Key, *, meta: Params | None = None
+    learner: MetaLearner,
+    sampler: Sampler,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    *,
+    meta: Params | None = None,
 ) -> TrainState:
-    """Return the state before the first meta-step; `meta` replaces the learner's fresh meta-parameters (a warm start)."""
+    """Return the state before the first meta-step; `meta` (a warm start) replaces the learner's fresh ones."""
     init_key, sampler_key, run_key = jax.random.split(key, 3)
-    meta = learner.init(init_key) if meta is None else meta
+    meta = jax.jit(learner.init)(init_key) if meta is None else meta
     return TrainState(
-        jnp.zeros((), jnp.int32), meta, jax.tree.map(jnp.copy, meta), optimizer.init(meta), sampler.init(sampler_key), run_key
+        jnp.zeros((), jnp.int32),
+        meta,
+        jax.tree.map(jnp.copy, meta),
+        optimizer.init(meta),
+        sampler.init(sampler_key),
+        run_key,
     )
 
 
@@ -72,8 +82,8 @@ def make_step(
 
     Returns:
         (state, data) -> (state, metrics). The metrics are means over the finite tasks, and: `grad_norm` [],
-        `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first of them (-1 if none) and `bad_inner_step` [] where
-        its inner loop lost finiteness (-1: after it, on the query).
+        `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first one left out (-1 if
+        there is none) and `bad_inner_step` [] where its inner loop lost finiteness (-1: after it, on the query).
 
     Raises:
         ValueError: a decay outside [0, 1), a chunk below one, a mesh without the axis `task`.
@@ -234,9 +244,9 @@ def _advice(step: int, metrics: Any) -> str:
     where = "on the query, after the inner loop" if inner < 0 else f"at inner step {inner}"
     return (
         f"meta-step {step}: {int(metrics['num_nonfinite'])} tasks are not finite, the first of them task "
-        f"{int(metrics['bad_task'])} {where}, and so it was for several meta-steps in a row. The inner rate is too large "
-        "for this loss (losses are in nats per image, summed over pixels): divide it by ten; clipping or a smaller "
-        "outer rate help where it happens only late in training"
+        f"{int(metrics['bad_task'])} {where}, and so it was for several meta-steps in a row. The inner rate is too "
+        "large for this loss (losses are in nats per image, summed over pixels): divide it by ten; clipping or a "
+        "smaller outer rate help where it happens only late in training"
     )
 
 

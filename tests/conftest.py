@@ -36,5 +36,7 @@ def shared_data():
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("METAGEN_SHARED_DATA", root.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("no real data here: set METAGEN_SHARED_DATA to the folder that has omniglot_gmn, omniglot and mnist")
+        pytest.skip(
+            "no real data here: set METAGEN_SHARED_DATA to the folder that has omniglot_gmn, omniglot and mnist"
+        )
     return folder

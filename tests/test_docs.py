@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-import warnings
 from pathlib import Path
 
 import jax
@@ -30,7 +29,7 @@ def test_the_python_in_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METAGEN_CACHE_DIR", str(request.config.cache.mkdir("metagen")))
     namespace = {"__name__": "__main__"}
-    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():  # as a reader has it
+    with jax.numpy_rank_promotion("allow"):  # as a reader has it
         for match in blocks:
             before = text[: match.start(2)].count("\n")
             exec(compile("\n" * before + match[2], str(page), "exec"), namespace)

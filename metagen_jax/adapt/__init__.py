@@ -1,0 +1,1 @@
+"""Adapters: ways to turn a support set into task parameters."""

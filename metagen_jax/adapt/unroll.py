@@ -71,13 +71,15 @@ def unroll(
         raise ValueError(f"the number of inner steps cannot be negative, got {num_steps}")
     if remat not in get_args(Remat):
         raise ValueError(f"remat must be one of {get_args(Remat)}, got {remat!r}")
-    if not first_order and isinstance(start, Start):
-        for rule in start.rules:
-            check_differentiable(rule)
+    rules = start.rules if isinstance(start, Start) and not first_order else ()
+    unchecked = [rule for rule in rules if not check_differentiable(rule)]
     take = _route(field, inner_grad)
 
     def adapt(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
         params, carry, step = _inner_loop(field, take, start, meta, key, support, first_order)
+        for rule in unchecked:  # rules that only make sense for these players
+            with jax.ensure_compile_time_eval():
+                check_differentiable(rule, tuple(carry[0]))
         (moving, _), trace = _scan(step, carry, num_steps, remat)
         return {**params, **moving}, trace
 

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from metagen_jax.cli import adapt, evaluate, info, quickstart, train
+from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
 DESCRIPTION = (
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    _keep_programs()
     try:
         command: Any = tyro.cli(
             Command,
@@ -58,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _end(str(error), FAILED)
     return 0
+
+
+def _keep_programs() -> None:
+    """Keep compiled programs in the user's cache, so that a command that ran before starts at once."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory() / "programs"))
 
 
 def _end(message: str, code: int) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished, load, load_data
 from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, above, advantages, interval, intervals, lines, markdown
 from metagen_jax.cli.train import held_out
-from metagen_jax.evaluate import Curve, adaptation_curve, exemplar_scores
+from metagen_jax.evaluate import Curve, Measure, adaptation_curves, exemplar_scores
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.exemplar import fit_exemplars
 from metagen_jax.progress import Progress
@@ -30,6 +29,7 @@ CURVE_SAMPLES = 50  # importance samples at most, where every inner step is eval
 CHOICE_CLASSES = 16  # by which the baselines' rates are chosen
 STRIP_TASKS, STRIP_IMAGES, STRIP_STEPS = 8, 4, (0, 1, 3, 5)
 COPY_EPISODES = 64  # by which the copy baseline is fitted
+COPY_SHOTS = 5  # of the episodes that the copy baseline's two constants are fitted on
 
 TEST, CHOICE, JOINT, SCRATCH, COPY, STRIP = range(100, 106)  # what the seed's keys are folded for
 
@@ -87,11 +87,13 @@ def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
     if options.baselines:
         others, notes = _baselines(finished, data, options)
         systems += others
-    curves, tables = {}, {}
+    curves, tables, programs = {}, {}, dict[Any, Measure]()
     for system in systems:
         test_key = jax.random.fold_in(key, TEST)
-        curves[system.name], tables[system.name] = _measure(system, finished, family, specs, test_key, options)
-    copy = _copy(data, finished, family, specs, key, options.shots) if options.baselines else None
+        curves[system.name], tables[system.name] = _measure(
+            system, finished, family, specs, test_key, options, programs
+        )
+    copy = _copy(data, finished, family, specs, key) if options.baselines else None
     result = {
         "protocol": {
             "part": options.part,
@@ -186,7 +188,7 @@ def _joint(finished: Finished, data: Parts, num_steps: int | None) -> tuple[Para
     path = folder / f"joint-{num_steps}.npz"
     if path.exists():
         return load_meta(path, target)[0], note
-    family = build.family(data, "train", config.shots, config.query)
+    family = build.family(data, "train", config.shots, config.query, symmetries=config.data.symmetries)
     key = jax.random.fold_in(jax.random.key(config.seed), JOINT)
     with Progress("joint baseline", max(num_steps, 1), unit="step", tasks=config.outer.tasks) as progress:
 
@@ -199,39 +201,43 @@ def _joint(finished: Finished, data: Parts, num_steps: int | None) -> tuple[Para
 
 
 def _measure(
-    system: System, finished: Finished, family: TaskFamily, specs: Spec, key: Key, options: Evaluate
+    system: System,
+    finished: Finished,
+    family: TaskFamily,
+    specs: Spec,
+    key: Key,
+    options: Evaluate,
+    programs: dict[Any, Measure],
 ) -> tuple[Curve, Curve]:
     """Return the curve at every step to twice the trained number, and the one at 0, once and twice that number."""
     trained = finished.config.inner.steps
     few = min(options.num_samples, CURVE_SAMPLES)
 
-    def curve(steps: Sequence[int], num_samples: int) -> Curve:
+    def curve(steps: tuple[int, ...], num_samples: int) -> Curve:
+        which = (id(system.learner), steps, num_samples)  # systems that share a learner share a compiled program
+        programs[which] = measure = programs.get(which) or adaptation_curves(
+            system.learner.path,
+            finished.built.latent,
+            family,
+            steps=steps,
+            num_samples=num_samples,
+            task_chunk=system.task_chunk,
+        )
         with Progress(system.name, specs.shape[0], unit="task") as progress:
-            return adaptation_curve(
-                system.learner.path,
-                finished.built.latent,
-                family,
-                system.meta,
-                specs,
-                jax.random.clone(key),
-                steps=steps,
-                num_samples=num_samples,
-                task_chunk=system.task_chunk,
-                on_chunk=progress.update,
-            )
+            return measure(system.meta, specs, jax.random.clone(key), progress.update)
 
-    everywhere = curve(range(2 * trained + 1), few)
+    everywhere = curve(tuple(range(2 * trained + 1)), few)
     if options.num_samples == few:
         at = np.array(sorted({0, trained, 2 * trained}))
         return everywhere, Curve(at, everywhere.elbo[:, at], everywhere.iwae[:, at], few)
     return everywhere, curve((0, trained, 2 * trained), options.num_samples)
 
 
-def _copy(data: Parts, finished: Finished, family: TaskFamily, specs: Spec, key: Key, shots: int) -> np.ndarray | None:
+def _copy(data: Parts, finished: Finished, family: TaskFamily, specs: Spec, key: Key) -> np.ndarray | None:
     """Return the copy baseline's log-likelihood per class, None for images with greys, for which it is not defined."""
     if not data.binary:
         return None
-    train = build.family(data, "train", shots, finished.config.query)
+    train = build.family(data, "train", COPY_SHOTS, finished.config.query)
     keys = jax.random.split(jax.random.fold_in(key, COPY), COPY_EPISODES)
 
     def draw(bank: Any, key: Key) -> Any:

@@ -13,11 +13,11 @@ from metagen_jax.config import InnerConfig, ModelConfig, OuterConfig, TrainConfi
 from metagen_jax.report import table
 
 CONFIG = TrainConfig(
-    network=ModelConfig(hidden=(256, 256), latents=32),
+    network=ModelConfig(hidden=(256, 256), latents=32, context=256),
     inner=InnerConfig(steps=5),
-    outer=OuterConfig(steps=500, tasks=16, warm_start=1500),
+    outer=OuterConfig(steps=900, tasks=16, warm_start=1200, rate=2e-3, rate_of_rates=3e-2),
 )
-NUM_SAMPLES, CLASSES, JOINT_STEPS = 10, 60, 1200
+NUM_SAMPLES, CLASSES, JOINT_STEPS = 5, 237, 1200
 
 
 @dataclasses.dataclass(frozen=True)

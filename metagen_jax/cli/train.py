@@ -60,6 +60,8 @@ class Train:
     """alphabets or scripts to test on, instead of the above"""
     size: int = DataConfig.size
     """height and width of the images of a user's folder"""
+    symmetries: bool = DataConfig.symmetries
+    """train on every class in its eight symmetries and shifted by a pixel: for few or handwritten training classes"""
     shots: tuple[int, int] = TrainConfig.shots
     """smallest and largest number of support images of a task"""
     query: int = TrainConfig.query
@@ -80,7 +82,7 @@ class Train:
 def run(arguments: Train) -> None:
     """Carry out the command."""
     a = arguments
-    data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size)
+    data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries)
     config = TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.shots, a.query, a.seed)
     train_run(config, a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
 
@@ -111,7 +113,7 @@ def train_run(
     data = build.parts(config.data)
     built = build.model(config.network, data.event, data.binary)
     learner = build.learner(config, built)
-    family = build.family(data, "train", config.shots, config.query)
+    family = build.family(data, "train", config.shots, config.query, symmetries=config.data.symmetries)
     optimizer, sampler = build.outer(config), uniform(family, config.outer.tasks)
     outer = config.outer
     step = make_step(

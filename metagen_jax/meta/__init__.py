@@ -1,0 +1,1 @@
+"""Meta-learning: outer fields, batches of tasks, learners."""

@@ -66,8 +66,9 @@ def finite_sum(
 
     def evaluate(active: Array) -> tuple[Params, Metrics]:
         stand_in = jnp.where(active, jnp.arange(num_tasks), jnp.argmax(active))
-        picked = jax.tree.map(lambda leaf: leaf[stand_in], (jax.random.clone(keys), tasks))  # the same noise each time
-        return total(meta, *picked, jnp.where(active, weights, 0.0))
+        same = jax.random.clone(keys)  # the same noise in every attempt
+        picked_keys, picked = jax.tree.map(lambda leaf: leaf[stand_in], (same, tasks))
+        return total(meta, picked_keys, picked, jnp.where(active, weights, 0.0))
 
     def attempt(carry: Any) -> Any:
         number, active, _, first, passed, _, _ = carry

@@ -37,7 +37,7 @@ def over_tasks(game: Game, adapt: Adapt) -> Game:
 
 
 def through(game: Game, adapt: Adapt) -> GradientField:
-    """Return the field that differentiates the query loss through the adaptation: vector_field(over_tasks(game, adapt)).
+    """Return the field of the query loss through the adaptation: vector_field(over_tasks(game, adapt)).
 
     For a game of several players, player p's direction is d L_p(phi_K(meta), Q) / d meta_p, through the inner updates
     of all of them.

@@ -1,0 +1,1 @@
+"""Measures of generated and held-out images."""

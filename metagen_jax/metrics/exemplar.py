@@ -38,11 +38,13 @@ def fit_exemplars(images: np.ndarray, episodes: Examples, queries: Examples) -> 
     """
     background = jnp.asarray(np.clip(images.mean(0) / 255.0, 0.001, 0.999), jnp.float32)
 
-    def loss(candidate: Exemplars) -> float:
+    @jax.jit
+    def loss(candidate: Exemplars, episodes: Examples, queries: Examples) -> Array:
         blurred = jax.vmap(lambda s, x: _mixture(candidate, s, x, sharp=0.0))(episodes, queries.x)
-        return -float((blurred * queries.weight).sum() / queries.weight.sum())
+        return -(blurred * queries.weight).sum() / queries.weight.sum()
 
-    return min((Exemplars(background, s, w) for s in SCALES for w in MIXES), key=loss)
+    candidates = [Exemplars(background, s, w) for s in SCALES for w in MIXES]
+    return min(candidates, key=lambda candidate: float(loss(candidate, episodes, queries)))
 
 
 def exemplar_log_likelihood(exemplars: Exemplars) -> Callable[[Examples, Array], Array]:

@@ -26,7 +26,9 @@ def over_classes(values: np.ndarray, *, num_resamples: int = 2000, seed: int = 0
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"an interval over classes needs one value for each of at least 2 classes, got {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} classes have a value that is not finite")
+        raise ValueError(
+            f"{int((~np.isfinite(values)).sum())} of {len(values)} classes have a value that is not finite"
+        )
     if np.ptp(values) == 0:
         return Interval(float(values[0]), float(values[0]), float(values[0]))
     result = stats.bootstrap(

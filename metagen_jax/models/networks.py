@@ -44,9 +44,11 @@ def from_flax(module: nn.Module, example: Array) -> Network:
             f"{type(module).__name__} keeps {sorted(kinds - {'params'})} between calls, which would leak from task to "
             "task; normalise by layer or group instead of by running averages"
         )
-    return Network(
-        lambda key: module.init(key, example)["params"], lambda params, x: module.apply({"params": params}, x)
-    )
+
+    def apply(params: ArrayTree, x: Array) -> Array:
+        return module.apply({"params": params}, x)  # type: ignore[return-value]
+
+    return Network(lambda key: module.init(key, example)["params"], apply)
 
 
 def mlp(
@@ -99,7 +101,7 @@ def split_modulation(tree: ArrayTree) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
     parts: tuple[dict, dict, dict] = ({}, {}, {})
     for path, leaf in flatten_dict(tree).items():
         parts[2 if path[0] == OUTPUT else 1 if path[-1] in MODULATION else 0][path] = leaf
-    return tuple(unflatten_dict(part) for part in parts)  # type: ignore[return-value]
+    return tuple(unflatten_dict(part) for part in parts)
 
 
 def join(*parts: ArrayTree) -> ArrayTree:

@@ -179,7 +179,9 @@ def _init_maps(key: Key, context: int, moved: ArrayTree) -> ArrayTree:
     sizes = [leaf.size for leaf in leaves]
     noise = 0.3 / context**0.5 * jax.random.normal(key, (context, sum(sizes)))
     parts = jnp.split(noise, list(accumulate(sizes))[:-1], axis=1)
-    return structure.unflatten([part.reshape(context, *leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [part.reshape(context, *leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
 
 
 def weighted_mean(values: Array, weight: Array) -> Array:

@@ -44,4 +44,4 @@ def _turn(x: Array, draw: Array, shift: int) -> Array:
     x = jnp.where(draw[0], x.transpose(0, 2, 1, 3), x)
     x = jnp.where(draw[1], x[:, ::-1], x)
     x = jnp.where(draw[2], x[:, :, ::-1], x)
-    return jnp.roll(x, (draw[3] - shift, draw[4] - shift), (1, 2))
+    return jnp.roll(jnp.roll(x, draw[3] - shift, 1), draw[4] - shift, 2)

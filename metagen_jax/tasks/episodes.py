@@ -38,9 +38,7 @@ def episodes(
     if images.num_classes < way:
         raise ValueError(f"{images.name}: {way}-way tasks need {way} classes, this split has {images.num_classes}")
     needed = high + (1 if pad else query)
-    short = [
-        f"{name} ({n})" for name, n in zip(images.class_names, images.count, strict=True) if n < needed
-    ]
+    short = [f"{name} ({n})" for name, n in zip(images.class_names, images.count, strict=True) if n < needed]
     if short:
         raise ValueError(
             f"{images.name}: {high} shots and {query} query images need {needed} images in each class, but "

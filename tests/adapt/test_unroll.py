@@ -59,7 +59,7 @@ def _meta_gradient(field, start, meta, batch, **options):
 
     def query_loss(meta):
         params, _ = adapt(meta, jax.random.key(3), batch.support)
-        directions, metrics = field(params, jax.random.key(4), batch.query)
+        directions, _ = field(params, jax.random.key(4), batch.query)
         return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(directions))
 
     return flat(jax.grad(query_loss)(meta))

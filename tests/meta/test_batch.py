@@ -32,7 +32,9 @@ def test_the_sum_over_tasks_is_the_weighted_sum_of_their_fields(name, chunk):
     keys = task_keys(jax.random.key(1), 4)
     direction, metrics = jax.jit(sum_over_tasks(learner.field, chunk=chunk))(meta, keys, tasks, weights)
     one = jax.jit(learner.field)
-    singles = [one(meta, task_keys(jax.random.key(1), 4)[i], jax.tree.map(lambda leaf, i=i: leaf[i], tasks)) for i in range(4)]
+    singles = [
+        one(meta, task_keys(jax.random.key(1), 4)[i], jax.tree.map(lambda leaf, i=i: leaf[i], tasks)) for i in range(4)
+    ]
     expected = sum(float(w) * flat(single[0]) for w, single in zip(weights, singles, strict=True))
     np.testing.assert_allclose(flat(direction), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(metrics["support/loss"], [s[1]["support/loss"] for s in singles], rtol=1e-5)

@@ -59,9 +59,7 @@ def test_anil_matches_the_closed_form_when_only_one_coordinate_moves(task):
     learner = mg.anil(quadratic_model(jnp.asarray(CURVATURE), ("body", "head")), START, 1, head=("head",))
     meta = {"body": META["model"][:1], "head": META["model"][1:]}
     inner = np.eye(2) - RATE * np.array([[0, 0], CURVATURE[1]])
-    moved = META["model"] - RATE * np.array([0, 1]) * (
-        CURVATURE @ (META["model"] - np.asarray(task.support.x).mean(0))
-    )
+    moved = META["model"] - RATE * np.array([0, 1]) * (CURVATURE @ (META["model"] - np.asarray(task.support.x).mean(0)))
     expected = inner.T @ (CURVATURE @ (moved - np.asarray(task.query.x).mean(0)))
     np.testing.assert_allclose(flat(_direction(learner, meta, task)), expected, rtol=1e-12)
 
