@@ -160,9 +160,8 @@ def markdown(results: dict) -> str:
             took = f"{row['meta_steps']}, {row['seconds'] / 60:.1f}" if shots == str(SHOTS[0]) else ""
             lines.append(f"| {name if shots == str(SHOTS[0]) else ''} | {shots} | {' | '.join(cells)} | {took} |")
     joint = results["joint"]
-    lines.append(
-        f"| unconditional VAE (the common start) | - | {cell(joint['iwae'])} | - | - | - | {joint['steps']}, {joint['seconds'] / 60:.1f} |"
-    )
+    took = f"{joint['steps']}, {joint['seconds'] / 60:.1f}"
+    lines.append(f"| unconditional VAE (the common start) | - | {cell(joint['iwae'])} | - | - | - | {took} |")
     for shots, entry in results["copy"].items():
         lines.append(f"| {'copy baseline' if shots == str(SHOTS[0]) else ''} | {shots} | {cell(entry)} | - | - | - | |")
     return "\n".join(lines) + "\n"

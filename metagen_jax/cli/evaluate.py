@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from metagen_jax import baselines, build, report
-from metagen_jax.build import Parts
+from metagen_jax.build import Part, Parts
 from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished, load, load_data
 from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, above, advantages, interval, intervals, lines, markdown
@@ -126,7 +126,7 @@ def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
     return result
 
 
-def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: str, key: Key) -> Any:
+def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: Part, key: Key) -> Any:
     """Return the figure of a few tasks: support, samples after some numbers of steps, held-out real images."""
     trained = finished.config.inner.steps
     steps = sorted({step for step in (*STRIP_STEPS, trained) if step <= trained})

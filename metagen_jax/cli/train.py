@@ -13,7 +13,7 @@ import tyro
 
 from metagen_jax import build, report
 from metagen_jax.baselines import train_joint
-from metagen_jax.build import Parts
+from metagen_jax.build import Part, Parts
 from metagen_jax.checkpoint import Checkpoints, save_meta
 from metagen_jax.config import (
     LEARNERS,
@@ -167,7 +167,7 @@ def train_run(
     return run
 
 
-def held_out(data: Parts) -> str:
+def held_out(data: Parts) -> Part:
     """Return the part to choose settings on: validation, or train where the split has no validation classes."""
     return "validation" if data.split is None or len(data.split.validation) else "train"
 

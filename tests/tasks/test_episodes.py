@@ -2,12 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from problems import tiny_images
 
 from metagen_jax import episodes, image_set, uniform
 from metagen_jax.build import family, parts
 from metagen_jax.config import DataConfig
 from metagen_jax.tasks.augment import with_symmetries
+from metagen_jax.tasks.sources import glyphs
 from metagen_jax.tasks.strokes import strokes
 
 
@@ -79,13 +81,26 @@ def test_small_classes_pad_their_query_when_that_is_allowed_and_are_an_error_oth
         assert {image[0] for image in real} == {int(spec[0])}
 
 
-@pytest.mark.parametrize("source", ["glyphs", "strokes", "digits", "omniglot_gmn"])
-def test_no_query_is_in_its_support_on_any_source(source, request, shared_glyphs):
-    folder = request.getfixturevalue("shared_data") / source if source == "omniglot_gmn" else None
-    if source == "glyphs":
-        made = episodes(shared_glyphs, 5, 10)
-    else:
-        made = family(parts(DataConfig(source=source, data_dir=str(folder) if folder else None)), "train", 5, 10)
+def _source(name, request):
+    if name == "glyphs":
+        return episodes(glyphs(scripts=["LAO", "HEBREW"]), 5, 10)
+    if name == "omniglot_gmn":
+        folder = request.getfixturevalue("shared_data") / name
+        return family(parts(DataConfig(source=name, data_dir=str(folder))), "test", 5, 10)
+    if name == "folder":
+        folder = request.getfixturevalue("tmp_path") / "images"
+        images = tiny_images(event=(8, 8, 1), per_class=15).images[..., 0].reshape(6, 15, 8, 8)
+        for label in range(6):
+            (folder / f"class{label}").mkdir(parents=True)
+            for drawing in range(15):
+                Image.fromarray(images[label, drawing]).save(folder / f"class{label}" / f"{drawing}.png")
+        return family(parts(DataConfig(source=str(folder), size=8, split="class")), "train", 5, 10)
+    return family(parts(DataConfig(source=name)), "train", 5, 10)
+
+
+@pytest.mark.parametrize("source", ["glyphs", "strokes", "digits", "omniglot_gmn", "folder"])
+def test_no_query_is_in_its_support_on_any_source(source, request):
+    made = _source(source, request)
     _, tasks = _tasks(made, 100)
     support, query = np.asarray(tasks.support.x) > 0.5, np.asarray(tasks.query.x) > 0.5
     same = (support[:, :, None] == query[:, None]).all((-3, -2, -1))
