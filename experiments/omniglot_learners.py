@@ -47,7 +47,7 @@ class Config:
     reptile_steps: int = 1000  # everything moves, so a meta-step costs several times as much
     num_samples: int = 1000
     classes: int | None = None  # test classes, None for all 659
-    query: int = 3  # query images per test class
+    query: int = 2  # query images per test class
     steps: int = 5  # inner steps, K
     hidden: tuple[int, ...] = (256, 256)
     context: int = 256
@@ -71,12 +71,10 @@ def common(config: Config, data_dir: str) -> TrainConfig:
 
 def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
     """Return the learners of the table."""
-    tensor_rates = dataclasses.replace(base.inner, rates="per_step")
     fixed_all = dataclasses.replace(base.inner, rates="fixed", rate=1e-4, fast_rate=1e-2)
     short = dataclasses.replace(base.outer, steps=config.reptile_steps, rate=3e-4)
     return {
         "MAML": dataclasses.replace(base, learner="maml"),
-        "MAML, rates per layer and step": dataclasses.replace(base, learner="maml", inner=tensor_rates),
         "FOMAML": dataclasses.replace(base, learner="fomaml"),
         "Meta-SGD": dataclasses.replace(base, learner="meta_sgd"),
         "ANIL (prior only)": dataclasses.replace(base, learner="anil"),
@@ -145,10 +143,9 @@ def copy_baseline(config: Config, data: build.Parts) -> dict[str, list[float]]:
 def markdown(results: dict) -> str:
     """Return the table of the README."""
 
-    def cell(entry: list[float] | None) -> str:
-        return (
-            "-" if entry is None or not np.isfinite(entry[0]) else f"{entry[0]:.1f} ± {(entry[2] - entry[1]) / 2:.1f}"
-        )
+    def cell(entry: list[float]) -> str:
+        mean, low, high, diverged = entry
+        return f"{mean:.1f} ± {(high - low) / 2:.1f}" + (f" ({diverged:.0f} diverged)" if diverged else "")
 
     lines = [
         "| learner | shots | step 0 | step 5 | step 10 | gain at step 5 | meta-steps, minutes |",
@@ -216,9 +213,14 @@ def main() -> None:
     (arguments.out / "table.md").write_text(markdown(results))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    finite = np.isfinite(values).all()
-    return tuple(over_classes(values)) if finite else (float("nan"),) * 3  # type: ignore[return-value]
+def _interval(values: np.ndarray) -> tuple[float, float, float, int]:
+    """Return mean, low and high over the classes that stayed finite, and how many did not."""
+    finite = np.isfinite(values)
+    return (
+        (*over_classes(values[finite]), int((~finite).sum()))
+        if finite.sum() > 1
+        else (*(float("nan"),) * 3, len(values))
+    )
 
 
 def _kept(path: Path, make) -> tuple[mg.Params, dict[str, float]]:

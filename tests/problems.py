@@ -53,6 +53,21 @@ def bilinear(strength=0.0):
     return game
 
 
+def noisy_net():
+    """A cooperative game of two layers with noise between them: cheap to compile, and every way to go wrong is there."""
+
+    def loss(params, key, batch):
+        x = batch.x.reshape(batch.x.shape[0], -1)[:, :6]
+        hidden = jnp.tanh(x @ params["body"] + 0.3 * jax.random.normal(key, (x.shape[0], 4), x.dtype))
+        return (batch.weight * jnp.square(hidden @ params["head"] - x).sum(-1)).sum() / batch.weight.sum(), {}
+
+    def init(key):
+        noise = jax.random.normal(key, (6 * 4 + 4 * 6,))
+        return {"body": noise[:24].reshape(6, 4), "head": noise[24:].reshape(4, 6)}
+
+    return Model(init, cooperative(loss, ("body", "head")), lambda params, key, num: jnp.zeros((num, 6)))
+
+
 def tiny_vae(latents=2, hidden=(5,), context=3):
     encoder = mlp(EVENT, hidden, (2 * latents,))
     decoder = mlp((latents,), hidden, EVENT)

@@ -58,7 +58,7 @@ def _mixed_second_derivatives(field, params, key, batch, weights):
         directions, _ = field(params, jax.random.clone(key), batch._replace(x=x))
         return sum((w * d).sum() for w, d in zip(jax.tree.leaves(weights), jax.tree.leaves(directions), strict=True))
 
-    return jax.grad(scalar, argnums=(0, 1))(params, batch.x)
+    return jax.jit(jax.grad(scalar, argnums=(0, 1)))(params, batch.x)
 
 
 @pytest.mark.parametrize("players", [None, ["x"], ["y"]])
