@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.tasks.augment import with_symmetries
 
 SHOTS = (1, 5, 10)
+Trained = tuple[mg.Params, dict[str, float]]  # averaged meta-parameters, and what training took
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def train_row(config: TrainConfig, data: build.Parts, start: mg.Params) -> tuple[mg.Params, dict[str, float]]:
+def train_row(config: TrainConfig, data: build.Parts, start: mg.Params) -> Trained:
     """Meta-train one learner from the joint parameters; return the averaged meta-parameters and what it took."""
     family = with_symmetries(build.family(data, "train", config.shots, config.query))
     learner = build.learner(config, build.model(config.network, data.event, data.binary))
@@ -185,7 +187,7 @@ def main() -> None:
     joint = dataclasses.replace(
         base, learner="joint", outer=dataclasses.replace(base.outer, steps=config.joint_steps, rate=2e-3)
     )
-    start = _kept(arguments.out / "joint.npz", lambda: train_row(joint, data, {}))
+    start = _kept(arguments.out / "joint.npz", joint, data, lambda: train_row(joint, data, {}))
     if "joint" not in results:
         model = build.model(base.network, data.event, data.binary)
         curve = adaptation_curve(
@@ -205,7 +207,10 @@ def main() -> None:
         if name in results["learners"]:
             continue
         meta, took = _kept(
-            arguments.out / f"{run.learner}-{run.inner.rates}.npz", lambda run=run: train_row(run, data, start[0])
+            arguments.out / f"{run.learner}-{run.inner.rates}.npz",
+            run,
+            data,
+            lambda run=run: train_row(run, data, start[0]),
         )
         results["learners"][name] = {"meta_steps": run.outer.steps, **took, "table": score(config, run, data, meta)}
         path.write_text(json.dumps(results, indent=2))
@@ -223,26 +228,18 @@ def _interval(values: np.ndarray) -> tuple[float, float, float, int]:
     )
 
 
-def _kept(path: Path, make) -> tuple[mg.Params, dict[str, float]]:
+def _kept(path: Path, run: TrainConfig, data: build.Parts, make: Callable[[], Trained]) -> Trained:
     """Return what `make` returned when it was first called, from the file if there is one."""
     if not path.exists():
         params, took = make()
-        leaves, _ = jax.tree.flatten_with_path(params)
-        arrays = {jax.tree_util.keystr(where): np.asarray(leaf) for where, leaf in leaves}
-        np.savez(path, took=json.dumps(took), **arrays)
+        arrays = {jax.tree_util.keystr(where): leaf for where, leaf in jax.tree.leaves_with_path(params)}
+        np.savez(path, took=json.dumps(took), **{name: np.asarray(leaf) for name, leaf in arrays.items()})
         return params, took
+    learner = build.learner(run, build.model(run.network, data.event, data.binary))
+    target = jax.eval_shape(learner.init, jax.random.key(0))
     with np.load(path, allow_pickle=False) as file:
-        took = json.loads(str(file["took"]))
-        params: mg.Params = {}
-        for where in file.files:
-            if where == "took":
-                continue
-            node, *rest = where.removeprefix("['").removesuffix("']").split("']['")
-            tree = params
-            for part in [node, *rest][:-1]:
-                tree = tree.setdefault(part, {})
-            tree[[node, *rest][-1]] = jnp.asarray(file[where])
-    return params, took
+        leaves = [jnp.asarray(file[jax.tree_util.keystr(where)]) for where, _ in jax.tree.leaves_with_path(target)]
+        return jax.tree.unflatten(jax.tree.structure(target), leaves), json.loads(str(file["took"]))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def bilinear(strength=0.0):
 
 
 def noisy_net():
-    """A cooperative game of two layers with noise between them: cheap to compile, and every way to go wrong is there."""
+    """A cooperative game of two layers with noise between them: cheap to compile."""
 
     def loss(params, key, batch):
         x = batch.x.reshape(batch.x.shape[0], -1)[:, :6]

@@ -10,7 +10,6 @@ from metagen_jax.build import family, parts
 from metagen_jax.config import DataConfig
 from metagen_jax.tasks.augment import with_symmetries
 from metagen_jax.tasks.sources import glyphs
-from metagen_jax.tasks.strokes import strokes
 
 
 def _tasks(made, num, seed=0):
