@@ -75,9 +75,13 @@ def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
     """Return the learners of the table."""
     fixed_all = dataclasses.replace(base.inner, rates="fixed", rate=1e-4, fast_rate=1e-2)
     short = dataclasses.replace(base.outer, steps=config.reptile_steps, rate=3e-4)
+    slow_rates = dataclasses.replace(base.outer, rate_of_rates=1e-3)
     return {
         "MAML": dataclasses.replace(base, learner="maml"),
-        "FOMAML": dataclasses.replace(base, learner="fomaml"),
+        # Without second derivatives no rate learns that it is too large: at 3e-2 they grew until all tasks diverged.
+        "FOMAML": dataclasses.replace(
+            base, learner="fomaml", outer=dataclasses.replace(base.outer, rate_of_rates=1e-3)
+        ),
         "Meta-SGD": dataclasses.replace(base, learner="meta_sgd"),
         "ANIL (prior only)": dataclasses.replace(base, learner="anil"),
         "Reptile (all weights)": dataclasses.replace(base, learner="reptile", inner=fixed_all, outer=short),
