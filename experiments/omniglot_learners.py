@@ -79,9 +79,7 @@ def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
     return {
         "MAML": dataclasses.replace(base, learner="maml"),
         # Without second derivatives no rate learns that it is too large: at 3e-2 they grew until all tasks diverged.
-        "FOMAML": dataclasses.replace(
-            base, learner="fomaml", outer=dataclasses.replace(base.outer, rate_of_rates=1e-3)
-        ),
+        "FOMAML": dataclasses.replace(base, learner="fomaml", outer=slow_rates),
         "Meta-SGD": dataclasses.replace(base, learner="meta_sgd"),
         "ANIL (prior only)": dataclasses.replace(base, learner="anil"),
         "Reptile (all weights)": dataclasses.replace(base, learner="reptile", inner=fixed_all, outer=short),

@@ -17,7 +17,7 @@ CONFIG = TrainConfig(
     inner=InnerConfig(steps=5),
     outer=OuterConfig(steps=900, tasks=16, warm_start=1200, rate=2e-3, rate_of_rates=3e-2),
 )
-NUM_SAMPLES, CLASSES, JOINT_STEPS = 5, 237, 1200
+NUM_SAMPLES, CLASSES, JOINT_STEPS = 5, 160, 1200
 
 
 @dataclasses.dataclass(frozen=True)
