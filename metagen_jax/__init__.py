@@ -8,7 +8,7 @@ from metagen_jax.meta.outer import displacement, over_tasks, through
 from metagen_jax.models.likelihoods import bernoulli, gaussian
 from metagen_jax.models.vae import Vae, vae
 from metagen_jax.tasks.episodes import episodes
-from metagen_jax.tasks.family import TaskFamily
+from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageBank, ImageSet, image_set
 from metagen_jax.tasks.samplers import Sampler, uniform
 from metagen_jax.train import Divergence, TrainState, init_state, make_step, outer_optimizer, run_chunk, train
@@ -43,6 +43,7 @@ __all__ = [
     "Model",
     "Params",
     "Sampler",
+    "Spec",
     "Start",
     "Task",
     "TaskFamily",

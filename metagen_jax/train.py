@@ -141,9 +141,9 @@ def make_step(
             "num_nonfinite": (~finite).sum(),
             "finite_share": finite.mean(),
             "bad_task": jnp.where(finite.all(), -1, first),
-            "bad_inner_step": jnp.where(finite.all(), -1, _first_bad(per_task)[first]),
+            "bad_inner_step": jnp.where(finite.all(), -1, _first_bad(per_task, finite.shape[0])[first]),
         }
-        sampler_state = sampler.update(state.sampler, specs, _scores(per_task))
+        sampler_state = sampler.update(state.sampler, specs, _scores(per_task, finite.shape[0]))
         return TrainState(state.step + 1, meta, average, opt, sampler_state, state.key), metrics
 
     return step
@@ -257,16 +257,16 @@ def _weighted_mean(values: Array, weights: Array) -> Array:
     return jnp.where(weights > 0, weights * values, 0.0).sum(0) / jnp.where(total > 0, total, jnp.nan)
 
 
-def _scores(metrics: Metrics) -> Array:
-    """Return each task's loss on the query [T], or on the support at the last step where the query is not scored."""
-    query = query_losses(metrics)
-    return sum(query) if query else sum(value[:, -1] for value in query_losses(metrics, "support/"))  # type: ignore
+def _scores(metrics: Metrics, num_tasks: int) -> Array:
+    """Return each task's loss on the query [T]; on the support at the last step, or zero, where nothing is scored."""
+    losses = query_losses(metrics) or [value[:, -1] for value in query_losses(metrics, "support/") if value.shape[1]]
+    return jnp.stack(losses).sum(0) if losses else jnp.zeros(num_tasks)
 
 
-def _first_bad(metrics: Metrics) -> Array:
+def _first_bad(metrics: Metrics, num_tasks: int) -> Array:
     """Return for each task the first inner step whose support loss is not finite [T], -1 if there is none."""
     traces = [value for value in query_losses(metrics, "support/") if value.shape[1]]
     if not traces:
-        return jnp.full(jax.tree.leaves(metrics)[0].shape[0], -1)
+        return jnp.full(num_tasks, -1)
     bad = ~jnp.isfinite(jnp.stack(traces)).all(0)
     return jnp.where(bad.any(1), jnp.argmax(bad, 1), -1)

@@ -149,6 +149,18 @@ def test_any_optax_rule_is_an_outer_rule():
         assert np.abs(flat(after.meta) - flat(state.meta)).max() > 1e-4
 
 
+def test_a_learner_without_any_metric_can_be_trained():
+    def field(meta, key, task):
+        return {"model": meta["model"] - task.query.x.mean()}, {}
+
+    learner = mg.MetaLearner(lambda key: {"model": jnp.ones(2)}, lambda meta, key, support: (meta, {}), field)
+    family = mg.episodes(tiny_images(), 1, 2)
+    sampler, optimizer = mg.uniform(family, 3), optax.sgd(0.5)
+    state = mg.init_state(learner, sampler, optimizer, jax.random.key(0))
+    state = mg.train(mg.make_step(learner, family, sampler, optimizer), state, family.data, 8, chunk=8)
+    assert 0.2 < float(state.meta["model"][0]) < 0.6
+
+
 def test_learned_rates_have_an_outer_rate_of_their_own():
     optimizer = outer_optimizer(1e-3, 100, rate_of_rates=1e-1)
     params = {"a": jnp.ones(1), "a/log_rate": jnp.ones(1)}
