@@ -79,6 +79,13 @@ class Progress:
         elif done >= self.total or now - self._last_line >= LINE_EVERY:
             self._line(f"{self.title}: {done}/{self.total} {self.unit}s{self._rates(now, loss, with_units=True)}")
 
+    def note(self, text: str) -> None:
+        """Show a line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(f"{self.title}: {text}", file=self.file)
+        else:
+            self._line(f"{self.title}: {text}")
+
     def _rates(self, now: float, loss: float | None, *, with_units: bool) -> str:
         parts = []
         if self._done > self._first_done and now > self._first:

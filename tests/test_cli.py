@@ -14,7 +14,7 @@ from metagen_jax import build
 from metagen_jax.checkpoint import Checkpoints
 from metagen_jax.cli import adapt, evaluate, info, main, quickstart, summary
 from metagen_jax.cli.runs import load
-from metagen_jax.cli.train import Train, summarise
+from metagen_jax.cli.train import Train, summarise, warnings_of
 from metagen_jax.config import DataConfig, TrainConfig
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import init_state
@@ -455,3 +455,13 @@ def test_evaluation_without_baselines_measures_the_run_against_its_own_step_0(pl
     assert result["copy"] is None
     assert "IWAE-100" in (run / "evaluation.md").read_text()
     assert not (run / "baselines").exists()
+
+
+def test_a_person_is_told_of_tasks_left_out_and_of_an_inner_loop_that_climbs():
+    quiet = {"num_nonfinite": 0, "bad_inner_step": -1, "bad_task": -1, "support/loss": [120.0, 110.0]}
+    assert warnings_of(50, quiet) == {}
+    lost = warnings_of(50, quiet | {"num_nonfinite": 3, "bad_inner_step": 2, "bad_task": 7})
+    assert "3 tasks were not finite" in lost["nonfinite"]
+    assert "task 7 of its batch, diverged at inner step 2" in lost["nonfinite"]
+    climbing = warnings_of(50, quiet | {"support/loss": [120.0, 900.0]})
+    assert "from 120.0 to 900.0 nats per image: its rates are too large" in climbing["rising"]

@@ -199,16 +199,39 @@ def _short_evaluation(
 
 
 def _on_chunk(phase: str, log: Logger, progress: Progress) -> Callable[[TrainState, Metrics], None]:
-    begin = time.perf_counter()
+    begin, said = time.perf_counter(), set[str]()
 
     def on_chunk(state: TrainState, metrics: Metrics) -> None:
         step = int(state.step)
         record = summarise(metrics)
+        for kind, text in warnings_of(step, record).items():
+            if kind not in said or kind == "nonfinite":
+                progress.note(text)
+            said.add(kind)
         seconds = round(time.perf_counter() - begin, 3)
         log(step, {"phase": phase, "step": step, "seconds": seconds, **record})
         progress.update(step, record["loss"] if "loss" in record else record.get("support/loss", [None])[-1])
 
     return on_chunk
+
+
+def warnings_of(step: int, record: dict[str, Any]) -> dict[str, str]:
+    """Return what a person should know about the dispatch that ended at `step`, by kind."""
+    found = {}
+    if record["num_nonfinite"]:
+        inner = record["bad_inner_step"]
+        where = f"at inner step {inner}" if inner >= 0 else "on its query"
+        found["nonfinite"] = (
+            f"before meta-step {step}, {record['num_nonfinite']} tasks were not finite and were left out; the first, "
+            f"task {record['bad_task']} of its batch, diverged {where}"
+        )
+    inner_loss = record.get("support/loss", [])
+    if len(inner_loss) > 1 and inner_loss[-1] > inner_loss[0]:
+        found["rising"] = (
+            f"the inner loop raises the loss on its own support, from {inner_loss[0]:.1f} to {inner_loss[-1]:.1f} nats "
+            "per image: its rates are too large (--inner.rate, --inner.fast-rate)"
+        )
+    return found
 
 
 def summarise(metrics: Metrics) -> dict[str, Any]:
