@@ -78,6 +78,7 @@ def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
     slow_rates = dataclasses.replace(base.outer, rate_of_rates=1e-3)
     return {
         "MAML": dataclasses.replace(base, learner="maml"),
+        "MAML, rates learned slowly": dataclasses.replace(base, learner="maml", outer=slow_rates),
         # Without second derivatives no rate learns that it is too large: at 3e-2 they grew until all tasks diverged.
         "FOMAML": dataclasses.replace(base, learner="fomaml", outer=slow_rates),
         "Meta-SGD": dataclasses.replace(base, learner="meta_sgd"),
@@ -209,12 +210,14 @@ def main() -> None:
         if name in results["learners"]:
             continue
         meta, took = _kept(
-            arguments.out / f"{run.learner}-{run.inner.rates}.npz",
+            arguments.out / f"{_slug(name)}.npz",
             run,
             data,
             lambda run=run: train_row(run, data, start[0]),
         )
         results["learners"][name] = {"meta_steps": run.outer.steps, **took, "table": score(config, run, data, meta)}
+        done = results["learners"]
+        results["learners"] = {row: done[row] for row in rows(config, base) if row in done}
         path.write_text(json.dumps(results, indent=2))
         print(markdown(results), flush=True)
     (arguments.out / "table.md").write_text(markdown(results))
@@ -228,6 +231,10 @@ def _interval(values: np.ndarray) -> tuple[float, float, float, int]:
         if finite.sum() > 1
         else (*(float("nan"),) * 3, len(values))
     )
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split())
 
 
 def _kept(path: Path, run: TrainConfig, data: build.Parts, make: Callable[[], Trained]) -> Trained:
