@@ -89,11 +89,18 @@ class LatentVariable(NamedTuple):
 def player_of(name: str, losses: Mapping[str, Array]) -> Array:
     """Return the loss that the meta-player `name` follows: its own, its owner's, or the sum of all.
 
+    A loss that several players share (the same array) counts once.
+
     Example:
         >>> player_of("model/log_rate", {"model": 2.0, "rule": 3.0})
         2.0
+        >>> player_of("rule", {"generator": 2.0, "discriminator": 3.0})
+        5.0
     """
     if name in losses:
         return losses[name]
     owner = name.rsplit("/", 1)[0]
-    return losses[owner] if owner in losses else sum(losses.values())  # type: ignore[return-value]
+    if owner in losses:
+        return losses[owner]
+    first, *others = {id(loss): loss for loss in losses.values()}.values()
+    return sum(others, start=first)

@@ -90,6 +90,28 @@ def test_through_is_the_field_of_the_game_over_tasks(task):
 
 
 RATES = {player: 0.05 if player == "prior" else 5e-3 for player in PLAYERS}
+
+
+def test_a_learned_rule_follows_a_shared_loss_once_however_many_parts_share_it(task):
+    start = mg.learned(lambda psi: optax.sgd(jnp.exp(psi)), jnp.log(RATE))
+
+    def rule_direction(parts):
+        model = quadratic_model(jnp.asarray(CURVATURE), parts)
+        learner = mg.maml(model, start, STEPS)
+        meta = learner.init(jax.random.key(0)) | dict(
+            zip(parts, jnp.split(jnp.asarray(META["model"]), len(parts)), strict=True)
+        )
+        direction, metrics = learner.field(meta, jax.random.key(0), task)
+        return float(direction["rule"]), set(metrics)
+
+    whole, names = rule_direction(("model",))
+    assert abs(whole) > 1e-3
+    assert "loss" in names  # one loss, one backward pass
+    split, names_of_parts = rule_direction(("body", "head"))
+    np.testing.assert_allclose(split, whole, rtol=1e-12)
+    assert names_of_parts == names
+
+
 LEARNERS = {
     "maml": lambda model: mg.maml(model, mg.fixed(optax.sgd(1e-2)), 3),
     "maml_mixed": lambda model: mg.maml(
