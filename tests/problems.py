@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metagen_jax import Examples, Model, Task, bernoulli, cooperative, image_set, vae
-from metagen_jax.models.networks import mlp
+from metagen_jax import Examples, Model, Task, bernoulli, cooperative, gan, image_set, vae
+from metagen_jax.models.adversarial import non_saturating
+from metagen_jax.models.networks import leaky_relu, mlp
 
 EVENT = (6, 6, 1)
 
@@ -72,6 +73,12 @@ def tiny_vae(latents=2, hidden=(5,), context=3):
     encoder = mlp(EVENT, hidden, (2 * latents,))
     decoder = mlp((latents,), hidden, EVENT)
     return vae(encoder, decoder, bernoulli(), latents, context=context)
+
+
+def tiny_gan(loss=None, latents=2, hidden=(4,), context=2, **options):
+    generator = mlp((latents,), hidden, EVENT, activation=leaky_relu)
+    discriminator = mlp(EVENT, hidden, (1,), activation=leaky_relu)
+    return gan(generator, discriminator, loss or non_saturating(), latents, context=context, **options)
 
 
 def tiny_images(num_classes=6, per_class=8, seed=0, event=EVENT):

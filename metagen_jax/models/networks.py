@@ -25,6 +25,14 @@ MODULATION = ("gain", "bias")
 OUTPUT = "output"
 
 
+gelu = nn.gelu
+
+
+def leaky_relu(x: Array) -> Array:
+    """Return x where it is positive, and a fifth of it elsewhere."""
+    return nn.leaky_relu(x, 0.2)
+
+
 class Network(NamedTuple):
     """A function with parameters, on a batch of examples."""
 
@@ -57,10 +65,17 @@ def mlp(
     output: Sequence[int],
     *,
     activation: Activation = nn.gelu,
-    normalisation: Normalisation = "none",
+    normalisation: Normalisation | Sequence[Normalisation] = "none",
 ) -> Network:
-    """Return a multi-layer perceptron [N, *event] -> [N, *output]."""
-    module = _Mlp(tuple(hidden), tuple(output), activation, normalisation)
+    """Return a multi-layer perceptron [N, *event] -> [N, *output], with one normalisation for all layers or for each.
+
+    Raises:
+        ValueError: another number of normalisations than of hidden layers.
+    """
+    each = (normalisation,) * len(hidden) if isinstance(normalisation, str) else tuple(normalisation)
+    if len(each) != len(hidden):
+        raise ValueError(f"expected one normalisation for all or for each of {len(hidden)} hidden layers, got {each}")
+    module = _Mlp(tuple(hidden), tuple(output), activation, each)
     return from_flax(module, jnp.zeros((1, *event)))
 
 
@@ -71,9 +86,10 @@ def conv_encoder(
     *,
     activation: Activation = nn.gelu,
     normalisation: Normalisation = "none",
+    window: int = 4,
 ) -> Network:
-    """Return 4x4 convolutions of stride 2 and a dense layer: [N, H, W, C] -> [N, num_outputs]."""
-    module = _ConvEncoder(tuple(channels), num_outputs, activation, normalisation)
+    """Return convolutions of this window and stride 2, and a dense layer: [N, H, W, C] -> [N, num_outputs]."""
+    module = _ConvEncoder(tuple(channels), num_outputs, activation, normalisation, window)
     return from_flax(module, jnp.zeros((1, *event)))
 
 
@@ -84,12 +100,14 @@ def conv_decoder(
     *,
     activation: Activation = nn.gelu,
     normalisation: Normalisation = "none",
+    dense: Sequence[int] = (),
 ) -> Network:
     """Return the mirror of `conv_encoder`, [N, num_inputs] -> [N, H, W, C], by sub-pixel upsampling.
 
-    Each stage is a 3x3 convolution to four times the channels, whose groups of four become 2x2 pixels.
+    Each stage is a 3x3 convolution to four times the channels, whose groups of four become 2x2 pixels. `dense` layers
+    come before the first stage.
     """
-    module = _ConvDecoder(tuple(channels), tuple(event), activation, normalisation)
+    module = _ConvDecoder(tuple(channels), tuple(event), activation, normalisation, tuple(dense))
     return from_flax(module, jnp.zeros((1, num_inputs)))
 
 
@@ -202,13 +220,13 @@ class _Mlp(nn.Module):
     hidden: tuple[int, ...]
     output: tuple[int, ...]
     activation: Activation
-    normalisation: Normalisation
+    normalisation: tuple[Normalisation, ...]  # of each hidden layer
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.reshape(x.shape[0], -1)
-        for index, features in enumerate(self.hidden):
-            x = _Hidden(features, self.activation, self.normalisation, name=f"hidden_{index}")(x)
+        for index, (features, normalisation) in enumerate(zip(self.hidden, self.normalisation, strict=True)):
+            x = _Hidden(features, self.activation, normalisation, name=f"hidden_{index}")(x)
         return _Output(self.output, name=OUTPUT)(x)
 
 
@@ -217,11 +235,12 @@ class _ConvEncoder(nn.Module):
     num_outputs: int
     activation: Activation
     normalisation: Normalisation
+    window: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for index, features in enumerate(self.channels):
-            x = _Hidden(features, self.activation, self.normalisation, (4, 2), name=f"hidden_{index}")(x)
+            x = _Hidden(features, self.activation, self.normalisation, (self.window, 2), name=f"hidden_{index}")(x)
         return _Output((self.num_outputs,), name=OUTPUT)(x.reshape(x.shape[0], -1))
 
 
@@ -230,9 +249,12 @@ class _ConvDecoder(nn.Module):
     event: tuple[int, ...]
     activation: Activation
     normalisation: Normalisation
+    dense: tuple[int, ...]
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
+        for index, width in enumerate(self.dense):
+            z = _Hidden(width, self.activation, self.normalisation, name=f"dense_{index}")(z)
         rows, columns, image_channels = self.event
         sizes = [(rows, columns)]
         for _ in self.channels:

@@ -23,7 +23,6 @@ All of them share one loss. Sources: Kingma & Welling, Auto-Encoding Variational
 Context Adaptation via Meta-Learning, 2019 and Dupont et al., From Data to Functa, 2022 (context and modulations).
 """
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -33,6 +32,8 @@ from jax.scipy.linalg import solve_triangular
 from metagen_jax.games import cooperative
 from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.networks import Network, join, split_modulation
+from metagen_jax.models.parts import init_maps, moved_by
+from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, ArrayTree, Examples, Key, LatentVariable, Metrics, Model, Params
 
 PLAYERS = ("encoder", "decoder", "head", "modulation", "prior")
@@ -88,14 +89,14 @@ def vae(
         }
         if context:
             targets = {"modulation": params["modulation"], "prior": _location(prior), "bias": _bias(decoder_output)}
-            params |= {"context": jnp.zeros(context), "maps": _init_maps(maps_key, context, targets)}
+            params |= {"context": jnp.zeros(context), "maps": init_maps(maps_key, context, targets)}
         return params
 
     def moved(params: Params) -> Params:
         """Return the parameters with the context's part added to what it moves."""
         if not context:
             return params
-        shift = jax.tree.map(lambda kernel: jnp.tensordot(params["context"], kernel, 1), params["maps"])
+        shift = moved_by(params["context"], params["maps"])
         output = join(params["head"]["output"])
         bias = jax.tree.map(jnp.add, _bias(output), shift["bias"])
         return params | {
@@ -171,20 +172,3 @@ def _location(prior: ArrayTree) -> ArrayTree:
 
 def _bias(output: ArrayTree) -> ArrayTree:
     return {layer: {"bias": leaves["bias"]} for layer, leaves in output.items()}
-
-
-def _init_maps(key: Key, context: int, moved: ArrayTree) -> ArrayTree:
-    """Return linear maps from the context to each leaf, small enough that a unit context moves it by about 0.3."""
-    leaves, structure = jax.tree.flatten(moved)
-    sizes = [leaf.size for leaf in leaves]
-    noise = 0.3 / context**0.5 * jax.random.normal(key, (context, sum(sizes)))
-    parts = jnp.split(noise, list(accumulate(sizes))[:-1], axis=1)
-    return jax.tree.unflatten(
-        structure, [part.reshape(context, *leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
-
-
-def weighted_mean(values: Array, weight: Array) -> Array:
-    """Return sum(weight * values) / sum(weight), and zero for no examples: an empty support set teaches nothing."""
-    total = weight.sum()
-    return (weight * values).sum() / jnp.where(total > 0, total, 1.0)
