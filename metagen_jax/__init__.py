@@ -2,15 +2,22 @@
 
 from metagen_jax.adapt.starts import Start, fixed, learned, per_parameter, per_step, reset
 from metagen_jax.adapt.unroll import trajectory, unroll
+from metagen_jax.dynamics import alternating, consensus, extragradient, in_turns, unrolled
 from metagen_jax.games import GradientField, cooperative, union, vector_field
-from metagen_jax.meta.learners import MetaLearner, anil, fomaml, joint, maml, meta_sgd, reptile
+from metagen_jax.meta.learners import MetaLearner, amortised, anil, fomaml, joint, maml, meta_sgd, reptile
 from metagen_jax.meta.outer import displacement, over_tasks, through
+from metagen_jax.models.adversarial_autoencoder import adversarial_autoencoder
+from metagen_jax.models.bidirectional import bidirectional_gan
+from metagen_jax.models.conditional_gan import conditional_gan
+from metagen_jax.models.cycle import cycle_gan
+from metagen_jax.models.gan import Gan, Terms, gan
 from metagen_jax.models.likelihoods import bernoulli, gaussian
 from metagen_jax.models.vae import Vae, vae
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageBank, ImageSet, image_set
 from metagen_jax.tasks.samplers import Sampler, uniform
+from metagen_jax.tasks.translation import translation
 from metagen_jax.train import Divergence, TrainState, init_state, make_step, outer_optimizer, run_chunk, train
 from metagen_jax.types import (
     Adapt,
@@ -33,6 +40,7 @@ __all__ = [
     "Examples",
     "Field",
     "Game",
+    "Gan",
     "GradientField",
     "ImageBank",
     "ImageSet",
@@ -47,17 +55,28 @@ __all__ = [
     "Start",
     "Task",
     "TaskFamily",
+    "Terms",
     "TrainState",
     "Vae",
+    "adversarial_autoencoder",
+    "alternating",
+    "amortised",
     "anil",
     "bernoulli",
+    "bidirectional_gan",
+    "conditional_gan",
+    "consensus",
     "cooperative",
+    "cycle_gan",
     "displacement",
     "episodes",
+    "extragradient",
     "fixed",
     "fomaml",
+    "gan",
     "gaussian",
     "image_set",
+    "in_turns",
     "init_state",
     "joint",
     "learned",
@@ -74,9 +93,11 @@ __all__ = [
     "through",
     "train",
     "trajectory",
+    "translation",
     "uniform",
     "union",
     "unroll",
+    "unrolled",
     "vae",
     "vector_field",
 ]

@@ -2,11 +2,13 @@
 
     phi_0 = start(meta),   phi_{k+1} = phi_k + rule(F(phi_k, S)),   k = 0 ... K-1
 
-The optimiser's state is made anew for each task. The key of step k is fold_in(key, k).
+Where several fields are given, they take turns in each step: each moves its own players from where those before it
+have moved to. The optimiser's state is made anew for each task, one for each group of players that moves together. The
+key of step k is fold_in(key, k).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -27,7 +29,7 @@ Path = Callable[[Params, Key, Examples, int], tuple[Params, Metrics]]
 
 
 def unroll(
-    field: Field,
+    field: Field | Sequence[Field],
     start: AnyStart,
     num_steps: int,
     *,
@@ -40,7 +42,8 @@ def unroll(
     The options change what is stored and how, never the result: all ways give equal gradients.
 
     Args:
-        field: (params, key, support) -> (directions, metrics), of the players that move.
+        field: (params, key, support) -> (directions, metrics), of the players that move; or several, which take turns
+            in each step, all with the rule of `start` (see `metagen_jax.dynamics`).
         start: meta -> (params, rule): where to begin and what rule to follow.
         num_steps: K; zero returns what `start` gives.
         first_order: treat the directions as constants, d phi_K / d phi_0 = I. Rates are still learned.
@@ -54,7 +57,8 @@ def unroll(
         An adapter: (meta, key, support) -> (params, trace), each metric of the trace [K].
 
     Raises:
-        ValueError: an unknown option, a negative number of steps, a rule that cannot be differentiated safely.
+        ValueError: an unknown option, a negative number of steps, no field, a rule that cannot be differentiated
+            safely; when called, turns in which a player moves in different company.
 
     Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning, 2017; mixed mode: Kemaev et al., Scalable
     Meta-Learning via Mixed-Mode Differentiation, 2025.
@@ -73,10 +77,11 @@ def unroll(
         raise ValueError(f"remat must be one of {get_args(Remat)}, got {remat!r}")
     rules = start.rules if isinstance(start, Start) and not first_order else ()
     unchecked = [rule for rule in rules if not check_differentiable(rule)]
-    take = _route(field, inner_grad)
+    fields = _turns(field)
+    takes = [_route(field, inner_grad) for field in fields]
 
     def adapt(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
-        params, carry, step = _inner_loop(field, take, start, meta, key, support, first_order)
+        params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
         for rule in unchecked:  # rules that only make sense for these players
             with jax.ensure_compile_time_eval():
                 check_differentiable(rule, tuple(carry[0]))
@@ -86,14 +91,15 @@ def unroll(
     return adapt
 
 
-def trajectory(field: Field, start: AnyStart) -> Path:
+def trajectory(field: Field | Sequence[Field], start: AnyStart) -> Path:
     """Return the function that gives the parameters after every step: the same steps as `unroll`, for evaluation.
 
     Memory is that of num_steps + 1 copies of what moves; the players that do not move are repeated as a view.
     """
+    fields = _turns(field)
 
     def path(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Metrics]:
-        params, carry, step = _inner_loop(field, field, start, meta, key, support, first_order=True)
+        params, carry, step = _inner_loop(fields, fields, start, meta, key, support, first_order=True)
 
         def keep(carry: Carry, index: Array) -> tuple[Carry, tuple[Params, Metrics]]:
             following, metrics = step(carry, index)
@@ -122,30 +128,63 @@ def _route(field: Field, inner_grad: str) -> Field:
     return field.forward_over_reverse
 
 
+def _turns(field: Field | Sequence[Field]) -> Sequence[Field]:
+    fields = (field,) if callable(field) else tuple(field)
+    if not fields:
+        raise ValueError("expected a field, or the fields of at least one turn, got none")
+    return fields
+
+
+def _movers(field: Field, params: Params, key: Key, support: Examples) -> tuple[str, ...]:
+    if isinstance(field, GradientField):
+        return tuple(name for group in field.groups_of(params, key, support) for name in group)
+    return tuple(jax.eval_shape(lambda *arguments: field(*arguments)[0], params, key, support))
+
+
 def _inner_loop(
-    field: Field, take: Field, start: AnyStart, meta: Params, key: Key, support: Examples, first_order: bool
+    fields: Sequence[Field],
+    takes: Sequence[Field],
+    start: AnyStart,
+    meta: Params,
+    key: Key,
+    support: Examples,
+    first_order: bool,
 ) -> tuple[Params, Carry, Callable[[Carry, Array], tuple[Carry, Metrics]]]:
     params, rule = start(meta)
-    if isinstance(field, GradientField):
-        players = tuple(name for group in field.groups_of(params, key, support) for name in group)
-    else:
-        players = tuple(jax.eval_shape(lambda *arguments: field(*arguments)[0], params, key, support))
+    groups = [_movers(field, params, key, support) for field in fields]
+    together = tuple(dict.fromkeys(groups))
+    players = tuple(name for group in together for name in group)
+    if len(set(players)) != len(players):
+        raise ValueError(f"a player may move in one company only, so that it has one optimiser state; got {together}")
     moving = {name: params[name] for name in players}
+    states = {group: rule.init({name: params[name] for name in group}) for group in together}
 
     # Raw bits rather than a key: differentiation and recomputation use a step's noise again, and mean to.
     bits, kind = jax.random.key_data(key), jax.random.key_impl(key)
 
     def step(carry: Carry, index: Array) -> tuple[Carry, Metrics]:
-        moving, state = carry
+        moving, states = carry
+        trace: Metrics = {}
         with jax.named_scope("inner_step"):
             step_key = jax.random.fold_in(jax.random.wrap_key_data(bits, impl=kind), index)
-            direction, metrics = take({**params, **moving}, step_key, support)
-            if first_order:  # the one place where the inner loop drops second derivatives
-                direction = jax.lax.stop_gradient(direction)
-            updates, state = rule.update(direction, state, moving)
-            return (optax.apply_updates(moving, updates), state), metrics
+            keys = [step_key] if len(takes) == 1 else jax.random.split(step_key, len(takes))
+            for group, take, turn_key in zip(groups, takes, keys, strict=True):
+                direction, metrics = take({**params, **moving}, turn_key, support)
+                if first_order:  # the one place where the inner loop drops second derivatives
+                    direction = jax.lax.stop_gradient(direction)
+                here = {name: moving[name] for name in group}
+                updates, state = rule.update(direction, states[group], here)
+                moving = {**moving, **optax.apply_updates(here, updates)}
+                states = {**states, group: state}
+                trace |= _named(metrics, group[0]) if len(together) > 1 else metrics
+        return (moving, states), trace
 
-    return params, (moving, rule.init(moving)), step
+    return params, (moving, states), step
+
+
+def _named(metrics: Metrics, player: str) -> Metrics:
+    """Return a turn's metrics with its loss under its player's name, so that no turn hides another's."""
+    return {f"loss/{player}" if name == "loss" else name: value for name, value in metrics.items()}
 
 
 def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str) -> tuple[Carry, Metrics]:

@@ -1,13 +1,14 @@
 """Learners: a method is an adapter and an outer field.
 
-| learner  | adapter             | rule                  | outer field  | moves inside   |
-|----------|---------------------|-----------------------|--------------|----------------|
-| maml     | unroll              | any start             | through      | all, or chosen |
-| fomaml   | unroll, first order | any start             | through      | all, or chosen |
-| reptile  | unroll              | a fixed start         | displacement | all            |
-| anil     | unroll              | any start             | through      | the head       |
-| meta_sgd | unroll              | learned rates         | through      | all, or chosen |
-| joint    | unroll              | any start (test only) | the game's   | all, or chosen |
+| learner   | adapter             | rule                  | outer field  | moves inside   |
+|-----------|---------------------|-----------------------|--------------|----------------|
+| maml      | unroll              | any start             | through      | all, or chosen |
+| fomaml    | unroll, first order | any start             | through      | all, or chosen |
+| reptile   | unroll              | a fixed start         | displacement | all            |
+| anil      | unroll              | any start             | through      | the head       |
+| meta_sgd  | unroll              | learned rates         | through      | all, or chosen |
+| amortised | read, then unroll   | any start             | through      | what is read   |
+| joint     | unroll              | any start (test only) | the game's   | all, or chosen |
 
 Rates per layer and step (MAML++) are `maml` with the start `per_step`.
 """
@@ -16,9 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
-from metagen_jax.adapt.starts import Start, per_parameter
+from metagen_jax.adapt.amortised import Embed, amortised_path
+from metagen_jax.adapt.amortised import amortised as read_support
+from metagen_jax.adapt.starts import Start, fixed, per_parameter
 from metagen_jax.adapt.unroll import Path, trajectory, unroll
+from metagen_jax.dynamics import Dynamics
 from metagen_jax.games import union, vector_field
 from metagen_jax.meta.outer import displacement, through
 from metagen_jax.types import Adapt, Examples, Field, Key, Metrics, Model, Params, Task
@@ -39,7 +44,13 @@ class MetaLearner(NamedTuple):
 
 
 def maml(
-    model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None, **options: Any
+    model: Model,
+    start: AnyStart,
+    num_steps: int,
+    *,
+    players: Sequence[str] | None = None,
+    dynamics: Dynamics = vector_field,
+    **options: Any,
 ) -> MetaLearner:
     """Model-agnostic meta-learning, second order unless `first_order=True`.
 
@@ -50,24 +61,34 @@ def maml(
         start: where the inner loop begins and its rule: `fixed(optax.sgd(0.1))`, `per_step(...)`, `per_parameter(...)`.
         num_steps: K.
         players: those that move inside; None for all.
+        dynamics: how they move in a step: at once (`vector_field`), in turns (`alternating`), or any function
+            (game, players) -> field or fields. For a game, player p's meta-gradient is that of its own query loss,
+            through the inner moves of all players.
         **options: of `unroll` (first_order, inner_grad, remat).
 
     Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
     """
-    field = vector_field(model.game, players)
+    field = dynamics(model.game, players)
     adapt = unroll(field, start, num_steps, **options)
     return MetaLearner(_init(model, start), adapt, through(model.game, adapt), trajectory(field, start))
 
 
-def fomaml(model: Model, start: AnyStart, num_steps: int, *, players: Sequence[str] | None = None) -> MetaLearner:
+def fomaml(
+    model: Model,
+    start: AnyStart,
+    num_steps: int,
+    *,
+    players: Sequence[str] | None = None,
+    dynamics: Dynamics = vector_field,
+) -> MetaLearner:
     """First-order MAML: the meta-gradient with d phi_K / d meta taken as the identity.
 
     Source: Finn, Abbeel & Levine, 2017, section 5.2; Nichol, Achiam & Schulman, 2018.
     """
-    return maml(model, start, num_steps, players=players, first_order=True)
+    return maml(model, start, num_steps, players=players, dynamics=dynamics, first_order=True)
 
 
-def reptile(model: Model, start: AnyStart, num_steps: int) -> MetaLearner:
+def reptile(model: Model, start: AnyStart, num_steps: int, *, dynamics: Dynamics = vector_field) -> MetaLearner:
     """Reptile: meta <- meta + b mean_t (phi_K(meta, S_t) - meta). Everything moves, and learned rates would not learn.
 
     Raises:
@@ -77,7 +98,7 @@ def reptile(model: Model, start: AnyStart, num_steps: int) -> MetaLearner:
     """
     if isinstance(start, Start) and start.learns:
         raise ValueError("Reptile's displacement cannot teach a start with learned parameters; use fixed(...)")
-    field = vector_field(model.game)
+    field = dynamics(model.game, None)
     adapt = unroll(field, start, num_steps, first_order=True)
     return MetaLearner(_init(model, start), adapt, displacement(adapt), trajectory(field, start))
 
@@ -107,14 +128,15 @@ def joint(
     *,
     players: Sequence[str] | None = None,
     learns: Sequence[str] | None = None,
+    dynamics: Dynamics = vector_field,
 ) -> MetaLearner:
     """Ordinary training on all classes at once: the baseline that learns nothing about learning.
 
     Trained on the support and the query of each task as one batch; `start` and `num_steps` say how it is fine-tuned
     when it is evaluated ("joint training, then fine-tuning"). `learns` names the players that are trained, `players`
-    those that are fine-tuned; None for all.
+    those that are fine-tuned; None for all; `dynamics` is that of fine-tuning.
     """
-    inner = vector_field(model.game, players)
+    inner = dynamics(model.game, players)
     outer = vector_field(model.game, learns)
 
     def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:
@@ -122,6 +144,41 @@ def joint(
 
     adapt = unroll(inner, start, num_steps, first_order=True)
     return MetaLearner(model.init, adapt, field, trajectory(inner, start))
+
+
+def amortised(
+    model: Model,
+    embed: Embed,
+    start: AnyStart | None = None,
+    num_steps: int = 0,
+    *,
+    players: Sequence[str] | None = None,
+    dynamics: Dynamics = vector_field,
+    **options: Any,
+) -> MetaLearner:
+    """Read the support set with a network that is meta-trained, then take `num_steps` gradient steps from there.
+
+    Args:
+        model: init, game and sample.
+        embed: (meta, support) -> the players that the support determines, `Gan.embed` for instance.
+        start: of the gradient steps, as in `maml`; None where there are none.
+        num_steps: K; zero for no gradient step.
+        players: those that the gradient steps move; None for all.
+        dynamics: how they move, as in `maml`.
+        **options: of `unroll`.
+
+    Raises:
+        ValueError: gradient steps without a start.
+
+    Source: Edwards & Storkey, Towards a Neural Statistician, 2017.
+    """
+    if start is None and num_steps:
+        raise ValueError(f"{num_steps} gradient steps need a start: fixed(optax.sgd(0.1)), per_step(...) or the like")
+    start = fixed(optax.set_to_zero()) if start is None else start
+    field = dynamics(model.game, players)
+    adapt = read_support(embed, unroll(field, start, num_steps, **options))
+    path = amortised_path(embed, trajectory(field, start))
+    return MetaLearner(_init(model, start), adapt, through(model.game, adapt), path)
 
 
 def _init(model: Model, start: AnyStart) -> Callable[[Key], Params]:
