@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     config = TrainConfig(network=ModelConfig(hidden=(256, 256), context=256))
-    model = build.model(config.network, (28, 28, 1), True)
+    model = build.model(config, (28, 28, 1), True)
     learner = build.learner(config, model)
     meta = learner.init(jax.random.key(0))
     family = strokes(5, 10)

@@ -37,6 +37,7 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.tasks.augment import with_symmetries
 
 SHOTS = (1, 5, 10)
+JOINT = ("encoder", "decoder", "head", "modulation")
 Trained = tuple[mg.Params, dict[str, float]]  # averaged meta-parameters, and what training took
 
 
@@ -90,10 +91,10 @@ def rows(config: Config, base: TrainConfig) -> dict[str, TrainConfig]:
 def train_row(config: TrainConfig, data: build.Parts, start: mg.Params) -> Trained:
     """Meta-train one learner from the joint parameters; return the averaged meta-parameters and what it took."""
     family = with_symmetries(build.family(data, "train", config.shots, config.query))
-    learner = build.learner(config, build.model(config.network, data.event, data.binary))
+    learner = build.learner(config, build.model(config, data.event, data.binary))
     optimizer, sampler = build.outer(config), mg.uniform(family, config.outer.tasks)
     meta = jax.tree.map(
-        jnp.copy, {**learner.init(jax.random.key(config.seed + 1)), **{k: start[k] for k in start if k in build.JOINT}}
+        jnp.copy, {**learner.init(jax.random.key(config.seed + 1)), **{k: start[k] for k in start if k in JOINT}}
     )
     state = mg.init_state(learner, sampler, optimizer, jax.random.key(config.seed + 2), meta=meta)
     step = mg.make_step(learner, family, sampler, optimizer, average_decay=config.outer.average_decay)
@@ -106,7 +107,7 @@ def train_row(config: TrainConfig, data: build.Parts, start: mg.Params) -> Train
 
 def score(config: Config, run: TrainConfig, data: build.Parts, meta: mg.Params) -> dict[str, dict[str, list[float]]]:
     """Return shots -> inner step -> [mean, low, high] of -IWAE, and of the ELBO, nats per image."""
-    model = build.model(run.network, data.event, data.binary)
+    model = build.model(run, data.event, data.binary)
     learner = build.learner(run, model)
     specs = build.specs(data, "test", config.classes)
     table = {}
@@ -192,7 +193,7 @@ def main() -> None:
     )
     start = _kept(arguments.out / "joint.npz", joint, data, lambda: train_row(joint, data, {}))
     if "joint" not in results:
-        model = build.model(base.network, data.event, data.binary)
+        model = build.model(base, data.event, data.binary)
         curve = adaptation_curve(
             build.learner(joint, model).path,
             model.latent,
@@ -244,7 +245,7 @@ def _kept(path: Path, run: TrainConfig, data: build.Parts, make: Callable[[], Tr
         arrays = {jax.tree_util.keystr(where): leaf for where, leaf in jax.tree.leaves_with_path(params)}
         np.savez(path, took=json.dumps(took), **{name: np.asarray(leaf) for name, leaf in arrays.items()})
         return params, took
-    learner = build.learner(run, build.model(run.network, data.event, data.binary))
+    learner = build.learner(run, build.model(run, data.event, data.binary))
     target = jax.eval_shape(learner.init, jax.random.key(0))
     with np.load(path, allow_pickle=False) as file:
         leaves = [jnp.asarray(file[jax.tree_util.keystr(where)]) for where, _ in jax.tree.leaves_with_path(target)]

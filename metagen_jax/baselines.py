@@ -3,7 +3,7 @@
 | baseline        | begins with                    | then, on the support                                      |
 |-----------------|--------------------------------|-----------------------------------------------------------|
 | joint           | ordinary training on all tasks | nothing                                                   |
-| fine-tuned      | the same                       | K steps, at the best of RULES on classes held out         |
+| fine-tuned      | the same                       | K steps, at the best of many rules on classes held out    |
 | scratch (SGD)   | random weights                 | K steps of SGD over all weights, at its best rate         |
 | scratch (Adam)  | random weights                 | K steps of Adam over all weights, at its best rate        |
 
@@ -23,21 +23,19 @@ import optax
 
 from metagen_jax import build
 from metagen_jax.adapt.starts import learned
-from metagen_jax.config import TrainConfig
+from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
-from metagen_jax.models.vae import Vae
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
-from metagen_jax.types import Array, Key, Metrics, Params
+from metagen_jax.types import Array, Key, LatentVariable, Metrics, Params, Task
 
 Optimizer = Literal["sgd", "adam"]
 RULE = "rule"
 NUM_SAMPLES = 5  # of the ELBO by which rates are chosen
-
-
-MOVING = (*build.JOINT, "prior")
+Score = Callable[[Params, Key, Task], Array]
+"""(adapted parameters, key, task) -> how good they are on its query [], larger is better."""
 
 
 class Rule(NamedTuple):
@@ -45,21 +43,44 @@ class Rule(NamedTuple):
 
     optimizer: Optimizer
     rate: float
-    players: tuple[str, ...] = MOVING  # those that move
+    players: tuple[str, ...] | None = None  # those that move; None for all that fine-tuning may move
 
     def __str__(self) -> str:
-        who = "all weights" if self.players == MOVING else " and ".join(self.players)
+        who = "all weights" if self.players is None else " and ".join(self.players)
         return f"{self.optimizer} on {who} at {self.rate:g}"
 
 
-SCRATCH_SGD = [Rule("sgd", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
-SCRATCH_ADAM = [Rule("adam", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]
-FINE_TUNING = [
-    *(Rule("sgd", rate) for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
-    *(Rule("adam", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)),
-    *(Rule("sgd", rate, ("prior",)) for rate in (1e-2, 3e-2, 1e-1)),
-    *(Rule("adam", rate, ("modulation", "prior")) for rate in (3e-3, 1e-2, 3e-2)),
-]
+class Candidates(NamedTuple):
+    """The rules that a baseline's own is chosen from."""
+
+    fine_tuning: tuple[Rule, ...]
+    scratch_sgd: tuple[Rule, ...]
+    scratch_adam: tuple[Rule, ...]
+
+
+LIKELIHOOD = Candidates(
+    (
+        *(Rule("sgd", rate) for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
+        *(Rule("adam", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)),
+        *(Rule("sgd", rate, ("prior",)) for rate in (1e-2, 3e-2, 1e-1)),
+        *(Rule("adam", rate, ("modulation", "prior")) for rate in (3e-3, 1e-2, 3e-2)),
+    ),
+    tuple(Rule("sgd", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    tuple(Rule("adam", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
+)
+"""For losses in nats summed over pixels."""
+
+
+def game_candidates(role: build.Roles) -> Candidates:
+    """Return the candidates for games, whose losses are of the order of one."""
+    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    small = tuple(player for player in role.tuned if player.endswith(("_modulation", "_head")))
+    of_small = (Rule("adam", rate, small) for rate in (3e-3, 1e-2, 3e-2)) if small else ()
+    return Candidates(
+        (*(Rule("sgd", 10 * rate) for rate in rates), *(Rule("adam", rate) for rate in rates), *of_small),
+        tuple(Rule("sgd", 10 * rate) for rate in rates),
+        tuple(Rule("adam", rate) for rate in rates[1:]),
+    )
 
 
 def joint_steps(config: TrainConfig) -> int:
@@ -73,7 +94,7 @@ def joint_steps(config: TrainConfig) -> int:
 def train_joint(
     config: TrainConfig,
     family: TaskFamily,
-    built: Vae,
+    built: build.Built,
     num_steps: int,
     key: Key,
     *,
@@ -101,7 +122,11 @@ def train_joint(
         return begin
     outer = config.outer
     optimizer = outer_optimizer(
-        outer.warm_start_rate, num_steps, warmup=min(outer.warmup, num_steps - 1), clip=outer.clip
+        given(outer.warm_start_rate),
+        num_steps,
+        warmup=min(outer.warmup, num_steps - 1),
+        clip=outer.clip,
+        momentum=given(outer.momentum),
     )
     sampler = uniform(family, outer.tasks)
     step = make_step(learner, family, sampler, optimizer, average_decay=outer.average_decay)
@@ -114,57 +139,69 @@ def joint_config(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, learner="joint", inner=dataclasses.replace(config.inner, rates="fixed"))
 
 
-def stepper(built: Vae, num_steps: int) -> MetaLearner:
+def stepper(config: TrainConfig, built: build.Built, num_steps: int) -> MetaLearner:
     """Return ordinary gradient steps as a learner: its meta-parameters are those of the model and a `Rule` as a player.
 
-    What only meta-training gives a meaning to (a context vector and its maps) stays still. The rates are arguments of
-    one program, so that many of them are tried at the price of one compilation.
+    What only meta-training gives a meaning to (a context vector and its maps) stays still; the sides of a game move as
+    they do in the run. The rates are arguments of one program, so that many of them are tried at the price of one
+    compilation.
     """
-    return joint(built.model, learned(_rule, player=RULE), num_steps, players=MOVING)
+    role = build.roles(config, built)
+    play = build.dynamics(config.adversarial, role)
+    return joint(built.model, learned(_rule, player=RULE), num_steps, players=role.tuned, dynamics=play)
 
 
 def with_rule(params: Params, rule: Rule) -> Params:
     """Return meta-parameters for `stepper`."""
-    moving = {player: jnp.float32(rule.rate if player in rule.players else 0.0) for player in params}
+    moves = params if rule.players is None else rule.players
+    moving = {player: jnp.float32(rule.rate if player in moves else 0.0) for player in params}
     still = dict.fromkeys(params, jnp.float32(0.0))
     return {**params, RULE: {name: moving if name == rule.optimizer else still for name in get_args(Optimizer)}}
 
 
+def elbo_score(latent: LatentVariable, num_samples: int = NUM_SAMPLES) -> Score:
+    """Return the function (params, key, task) -> mean ELBO of the task's query, nats per image."""
+    estimate = bounds(latent, num_samples)
+
+    def score(params: Params, key: Key, task: Task) -> Array:
+        elbo, _ = estimate(params, key, task.query.x)
+        return (task.query.weight * elbo).sum() / task.query.weight.sum()
+
+    return score
+
+
 def chooser(
-    built: Vae, family: TaskFamily, specs: Spec, key: Key, num_steps: int
+    learner: MetaLearner, family: TaskFamily, specs: Spec, key: Key, score: Score
 ) -> Callable[[Params, Sequence[Rule]], Rule]:
-    """Return the function (params, candidates) -> the rule with the best mean ELBO after `num_steps` steps.
+    """Return the function (params, candidates) -> the rule whose adapted parameters have the best mean score.
 
     Args:
-        built: the model.
+        learner: of `stepper`.
         family: makes the tasks to choose by, which are not the test's.
         specs: [C, way] of those tasks.
         key: of the tasks; every candidate meets the same ones.
-        num_steps: K.
+        score: (adapted parameters, key, task) -> a number, larger is better.
 
     Returns:
         The function. It never returns a rule that loses finiteness on any task, and raises `ValueError` if all do.
     """
-    estimate = bounds(built.latent, NUM_SAMPLES)
-    adapt = stepper(built, num_steps).adapt
     keys = jax.random.split(key, specs.shape[0])
 
     def one(meta: Params, data: Any, key: Key, spec: Spec) -> Array:
         make_key, adapt_key, query_key = jax.random.split(key, 3)
         task = family.make(data, make_key, spec)
-        adapted, _ = adapt(meta, adapt_key, task.support)
-        elbo, _ = estimate(adapted, query_key, task.query.x)
-        return (task.query.weight * elbo).sum() / task.query.weight.sum()
+        adapted, _ = learner.adapt(meta, adapt_key, task.support)
+        return score(adapted, query_key, task)
 
     @jax.jit
-    def score(meta: Params, data: Any, keys: Key, specs: Spec) -> Array:
+    def mean_score(meta: Params, data: Any, keys: Key, specs: Spec) -> Array:
         return jax.lax.map(lambda pair: one(meta, data, *pair), (keys, specs), batch_size=8).mean()
 
     def choose(params: Params, candidates: Sequence[Rule]) -> Rule:
         metas = (with_rule(params, rule) for rule in candidates)
-        scores = np.array([score(meta, family.data, jax.random.clone(keys), specs) for meta in metas])
+        scores = np.array([mean_score(meta, family.data, jax.random.clone(keys), specs) for meta in metas])
         if not np.isfinite(scores).any():
-            raise ValueError(f"none of the {len(candidates)} rules stays finite for {num_steps} steps; lower the rates")
+            raise ValueError(f"none of the {len(candidates)} rules stays finite on every task; lower their rates")
         return candidates[int(np.argmax(np.where(np.isfinite(scores), scores, -np.inf)))]
 
     return choose

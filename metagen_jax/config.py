@@ -1,17 +1,22 @@
 """Configuration of a run: frozen records that the command line fills and `config.json` keeps.
 
-Losses are nats per image summed over pixels, and the inner rates are for that unit.
+The losses of autoencoders are nats per image summed over pixels, and the inner rates are for that unit. Settings whose
+default depends on the model are None until `resolve` fills them in, so that `config.json` holds what was used.
 """
 
 import dataclasses
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-LEARNERS = ("maml", "fomaml", "reptile", "anil", "meta_sgd", "joint")
-MODELS = ("vae",)
-SCHEMA = 1
+LEARNERS = ("maml", "fomaml", "reptile", "anil", "meta_sgd", "amortised", "joint")
+MODELS = ("vae", "gan", "cycle", "aae", "bigan")
+SCHEMA = 2
+
+T = TypeVar("T")
+
+Loss = Literal["saturating", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic_average"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +47,50 @@ class ModelConfig:
     latents: int = 32
     """dimensions of the code"""
     context: int = 128
-    """length of the context vector through which a task moves gains, biases and prior; 0 for none"""
+    """length of the context vector through which a task moves gains, biases and prior (vae), or of the condition of
+    either side (gan); 0 for none"""
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto"
     """auto: bernoulli for binary images, gaussian otherwise"""
     beta: float = 1.0
     """weight of the KL term in the loss"""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    """The game of a model that has rivals in it: gan, cycle, aae, bigan."""
+
+    loss: Loss | None = None
+    """what the sides want of scores; wasserstein (gan), least_squares (cycle), non_saturating (aae) if not given"""
+    penalty: Literal["none", "gradient", "r1"] | None = None
+    """on the discriminator's slope; gradient (gan), none (others) if not given"""
+    penalty_weight: float = 10.0
+    mode_seeking: float = 0.0
+    """weight of the generator's mode-seeking term (gan)"""
+    made_per_real: int = 1
+    """images made for each real one (gan)"""
+    preset: bool = False
+    """the networks of the older articles, 128-256-512-1024-784 and 784-512-256-1 or their convolutional counterparts,
+    whatever network.hidden says (gan; their codes have --network.latents 100)"""
+    discriminator: tuple[int, ...] = ()
+    """units or channels of the discriminator, from its input on; as network.hidden if not given"""
+    dynamics: Literal["alternating", "simultaneous", "extragradient", "consensus", "unrolled"] = "alternating"
+    """how the sides move in an inner step: the discriminator first, at once, ..."""
+    critic_steps: int = 1
+    """moves of the discriminator in an inner step (alternating)"""
+    ahead_rate: float = 1e-3
+    """rate of the steps ahead (extragradient, unrolled)"""
+    unrolled_steps: int = 3
+    """steps of the discriminator that the generator foresees (unrolled)"""
+    consensus_weight: float = 0.1
+    """weight of the consensus term (consensus)"""
+    cycle_weight: float = 10.0
+    """weight of the mean absolute error of the cycle (cycle)"""
+    identity_weight: float = 0.0
+    """weight of the mean absolute error of translating what is of the right domain (cycle)"""
+    weight: float = 10.0
+    """weight of the encoder's adversarial term, in nats (aae)"""
+    form: Literal["standard", "literal"] = "standard"
+    """of the losses (bigan)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +100,9 @@ class InnerConfig:
     steps: int = 5
     """gradient steps of the inner loop"""
     moves: tuple[str, ...] = ("auto",)
-    """players that move inside: encoder, decoder, head, modulation, prior, context, maps, or all of them; auto: context
-    and prior, except for anil (the prior, which is the head of a VAE) and reptile (all)"""
+    """players that move inside, or all (an unknown name is answered with those there are); auto: context and prior
+    (vae), the contexts of both sides (gan), all where there is no context; except for anil (the prior of a vae, the
+    heads of a gan) and reptile (all)"""
     rates: Literal["auto", "fixed", "per_step", "per_element_and_step", "per_parameter"] = "auto"
     """auto: learned per element and step, except for reptile and joint (fixed) and meta_sgd (per parameter)"""
     rate: float = 1e-3
@@ -78,8 +123,10 @@ class OuterConfig:
     """meta-steps"""
     tasks: int = 16
     """tasks per meta-step"""
-    rate: float = 1e-3
-    """peak rate of Adam"""
+    rate: float | None = None
+    """peak rate of Adam; 1e-3 (vae), 3e-4 (others) if not given"""
+    momentum: float | None = None
+    """decay of Adam's first moment; 0.9 (vae), 0.5 (others) if not given"""
     rate_of_rates: float = 2e-2
     """peak rate of the learned inner log-rates"""
     warmup: int = 50
@@ -90,7 +137,8 @@ class OuterConfig:
     """of the exponential moving average of the meta-parameters, which is what is evaluated"""
     warm_start: int = 2000
     """steps of ordinary joint training before meta-training begins; 0 begins with random weights"""
-    warm_start_rate: float = 2e-3
+    warm_start_rate: float | None = None
+    """peak rate of Adam in joint training; 2e-3 (vae), 3e-4 (others) if not given"""
     task_chunk: int | None = None
     """tasks vmapped at a time; fewer use less memory"""
 
@@ -105,6 +153,7 @@ class TrainConfig:
     network: ModelConfig = ModelConfig()
     inner: InnerConfig = InnerConfig()
     outer: OuterConfig = OuterConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
     shots: tuple[int, int] = (5, 5)
     """smallest and largest number of support images per task in training"""
     query: int = 10
@@ -112,43 +161,89 @@ class TrainConfig:
     seed: int = 0
 
 
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with the model's own defaults where nothing was given."""
+    is_vae = config.model == "vae"
+    outer = _filled(
+        config.outer,
+        rate=1e-3 if is_vae else 3e-4,
+        momentum=0.9 if is_vae else 0.5,
+        warm_start_rate=2e-3 if is_vae else 3e-4,
+    )
+    loss: dict[str, Loss] = {"gan": "wasserstein", "cycle": "least_squares"}
+    adversarial = _filled(
+        config.adversarial,
+        loss=loss.get(config.model, "non_saturating"),
+        penalty="gradient" if config.model == "gan" else "none",
+    )
+    return dataclasses.replace(config, outer=outer, adversarial=adversarial)
+
+
 def check(config: TrainConfig) -> TrainConfig:
-    """Return the configuration, or raise `ValueError` with the nearest names or the number that is off."""
+    """Return the configuration, resolved, or raise `ValueError` with the nearest names or the number that is off."""
     known("learner", config.learner, LEARNERS)
     known("model", config.model, MODELS)
-    numbers = {
+    config = resolve(config)
+    game = config.adversarial
+    positive = {
         "inner.rate": config.inner.rate,
         "inner.fast_rate": config.inner.fast_rate,
         "outer.rate": config.outer.rate,
         "outer.rate_of_rates": config.outer.rate_of_rates,
         "outer.warm_start_rate": config.outer.warm_start_rate,
+        "adversarial.ahead_rate": game.ahead_rate,
     }
-    for name, value in numbers.items():
-        if not value > 0:
+    for name, value in positive.items():
+        if value is None or not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    counts = {
+    least: dict[str, tuple[float, float]] = {
         "inner.steps": (config.inner.steps, 0),
         "outer.steps": (config.outer.steps, 1),
         "outer.tasks": (config.outer.tasks, 1),
         "outer.warm_start": (config.outer.warm_start, 0),
         "network.latents": (config.network.latents, 1),
+        "network.context": (config.network.context, 0),
         "query": (config.query, 1),
+        "adversarial.critic_steps": (game.critic_steps, 1),
+        "adversarial.made_per_real": (game.made_per_real, 1),
+        "adversarial.unrolled_steps": (game.unrolled_steps, 0),
+        "adversarial.penalty_weight": (game.penalty_weight, 0),
+        "adversarial.mode_seeking": (game.mode_seeking, 0),
+        "adversarial.consensus_weight": (game.consensus_weight, 0),
+        "adversarial.cycle_weight": (game.cycle_weight, 0),
+        "adversarial.identity_weight": (game.identity_weight, 0),
+        "adversarial.weight": (game.weight, 0),
     }
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, (value, smallest) in least.items():
+        if not value >= smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    if config.learner == "amortised" and not config.network.context:
+        raise ValueError("amortised reads the support into the context, so it needs context > 0; got network.context=0")
     if not 0 <= config.shots[0] <= config.shots[1]:
         raise ValueError(f"shots must be (smallest, largest) with 0 <= smallest <= largest, got {config.shots}")
     return config
+
+
+def given(value: T | None) -> T:
+    """Return a setting that `resolve` fills in, or raise `ValueError` where that was not done."""
+    if value is None:
+        raise ValueError(
+            "a setting is None that depends on the model; pass the configuration through config.check first"
+        )
+    return value
+
+
+def _filled(record: Any, **defaults: Any) -> Any:
+    return dataclasses.replace(record, **{n: value for n, value in defaults.items() if getattr(record, n) is None})
 
 
 def known(kind: str, name: str, names: tuple[str, ...]) -> str:
     """Return the name, or raise `ValueError` with the nearest ones.
 
     Example:
-        >>> known("learner", "malm", LEARNERS)
+        >>> known("learner", "malm", LEARNERS)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: unknown learner 'malm'; did you mean 'maml'? Known: maml, fomaml, reptile, anil, meta_sgd, joint
+        ValueError: unknown learner 'malm'; did you mean 'maml'? Known: maml, fomaml, reptile, anil, meta_sgd, ...
     """
     if name in names:
         return name
@@ -176,7 +271,13 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
     if schema != SCHEMA:
         raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}; use the version that wrote it")
     try:
-        nested = {"data": DataConfig, "network": ModelConfig, "inner": InnerConfig, "outer": OuterConfig}
+        nested = {
+            "data": DataConfig,
+            "network": ModelConfig,
+            "inner": InnerConfig,
+            "outer": OuterConfig,
+            "adversarial": AdversarialConfig,
+        }
         parts = {name: record(**_tuples(values.pop(name))) for name, record in nested.items()}
         return TrainConfig(**parts, **_tuples(values))
     except (KeyError, TypeError) as error:

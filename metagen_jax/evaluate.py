@@ -68,7 +68,7 @@ def adaptation_curves(
     many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)))
 
     def measure(meta: Params, specs: Spec, key: Key, on_chunk: Callable[[int], None] = lambda done: None) -> Curve:
-        elbo, iwae = _over_tasks(many, meta, family.data, specs, key, episodes, task_chunk, on_chunk)
+        elbo, iwae = map_tasks(many, meta, family.data, specs, key, episodes, task_chunk, on_chunk)
         return Curve(chosen, elbo, iwae, num_samples)
 
     return measure
@@ -107,10 +107,10 @@ def exemplar_scores(
         return (score(task.support, task.query.x) * task.query.weight).sum() / task.query.weight.sum()
 
     many = jax.jit(jax.vmap(lambda *a: (one(*a),), in_axes=(None, None, 0, 0)))
-    return _over_tasks(many, {}, family.data, specs, key, episodes, task_chunk, lambda done: None)[0]
+    return map_tasks(many, {}, family.data, specs, key, episodes, task_chunk, lambda done: None)[0]
 
 
-def _over_tasks(
+def map_tasks(
     many: Callable[..., tuple[Array, ...]],
     meta: Params,
     data: Any,
@@ -120,7 +120,10 @@ def _over_tasks(
     task_chunk: int,
     on_chunk: Callable[[int], None],
 ) -> list[np.ndarray]:
-    """Map over classes x episodes, padded to whole chunks; return means over episodes, each [C, ...]."""
+    """Map over classes x episodes, padded to whole chunks; return means over episodes, each [C, ...].
+
+    Task c of episode e has the key folded from e * C + c, so every system meets the same episodes.
+    """
     if episodes < 1 or task_chunk < 1:
         raise ValueError(f"expected at least one episode and one task a chunk, got {episodes}, {task_chunk}")
     num_classes = specs.shape[0]

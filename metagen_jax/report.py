@@ -76,29 +76,37 @@ def adaptation_strip(columns: Sequence[Column]) -> Figure:
 
 
 def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the records of metrics.jsonl: the loss of the warm start, then query and support in meta-training."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
+    """Draw the records of metrics.jsonl: the loss of the warm start, then query and support in meta-training.
+
+    A game has one curve for each side's loss, and its spread ratio in a panel of its own.
+    """
+    is_game = not any("loss" in record or "support/loss" in record for record in records)
+    figure = Figure(figsize=(10 if is_game else 7, 3.6), layout="constrained")
+    axis, *others = figure.subplots(1, 1 + is_game, squeeze=False)[0]
     warm = [record for record in records if record["phase"] == "warm start"]
     meta = [record for record in records if record["phase"] == "meta"]
     offset = max((record["step"] for record in warm), default=0)
-    support = [record.get("support/loss") or [None] for record in meta]
-    curves = (
-        ("joint warm start", COLOURS[4], warm, [record.get("loss") for record in warm], 0),
-        ("support, before adapting", COLOURS[1], meta, [trace[0] for trace in support], offset),
-        ("support, at the last inner step", COLOURS[2], meta, [trace[-1] for trace in support], offset),
-        ("query, after adapting", COLOURS[0], meta, [record.get("loss") for record in meta], offset),
-    )
-    for name, colour, chosen, losses, begin in curves:
-        steps = [record["step"] + begin for record in chosen]
-        values = _numbers(losses)
-        if np.isfinite(values).any():
-            axis.plot(steps, values, color=colour, label=name, linewidth=1.8 if name.startswith("query") else 1.2)
-    if warm and meta:
-        axis.axvline(offset, color=INK, linewidth=0.8, linestyle=":")
-    _finish(axis, "step", "loss, nats per image")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+    if is_game:
+        _draw_sides(axis, warm, meta, offset)
+        _draw_curves(
+            others[0], [("spread of samples over that of real images", COLOURS[0], meta, "spread_ratio")], offset
+        )
+        others[0].axhline(1, color=INK, linewidth=0.8)
+        _finish(others[0], "step", "1: as varied as real images")
+    else:
+        curves = [
+            ("joint warm start", COLOURS[4], warm, "loss"),
+            ("support, before adapting", COLOURS[1], meta, "support/loss first"),
+            ("support, at the last inner step", COLOURS[2], meta, "support/loss"),
+            ("query, after adapting", COLOURS[0], meta, "loss"),
+        ]
+        _draw_curves(axis, curves, offset)
+    for panel in (axis, *others):
+        if warm and meta:
+            panel.axvline(offset, color=INK, linewidth=0.8, linestyle=":")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    _finish(axis, "step", "loss" if is_game else "loss, nats per image")
     return figure
 
 
@@ -128,6 +136,38 @@ def adaptation_curve(lines: Sequence[Line], above: Sequence[Line], trained_steps
     return figure
 
 
+def measure_curves(panels: Mapping[str, Sequence[Line]], trained_steps: int) -> Figure:
+    """Draw one panel for each measure over inner steps with 95 % bands, the first line being the one in question.
+
+    Args:
+        panels: title -> lines; a line of one step is drawn across, as something that does not adapt.
+        trained_steps: the number of inner steps of training.
+    """
+    figure = Figure(figsize=(3.7 * min(3, len(panels)) + 0.4, 3.1 * -(-len(panels) // 3) + 0.6), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).ravel()
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        last = max(max(line.steps) for line in lines)
+        for number, line in enumerate(lines):
+            mean, low, high = (_numbers(values) for values in (line.mean, line.low, line.high))
+            steps = np.asarray(line.steps)
+            flat = len(steps) == 1
+            if flat:
+                steps, mean, low, high = np.array([0, last]), *(np.repeat(values, 2) for values in (mean, low, high))
+            colour = ACCENT if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
+            style = "-" if number == 0 else ":" if flat else "--"
+            axis.plot(steps, mean, style, color=colour, label=line.name, linewidth=2.2 if number == 0 else 1.4)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.axvline(trained_steps, color=INK, linewidth=0.8, linestyle=":")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(title, color=INK, fontsize=8)
+        _finish(axis, "inner step (dotted: the trained number)", "")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose columns line up.
 
@@ -143,6 +183,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _draw_sides(axis: Any, warm: Sequence[Any], meta: Sequence[Any], offset: int) -> None:
+    """Draw each side's loss: on the query where it is judged there, else on the support at the last inner step."""
+    names = sorted({name for record in (*warm, *meta) for name in record if "loss/" in name})
+    on_query = [name for name in names if not name.startswith("support/")]
+    judged = [name for name in on_query if any(name in record for record in meta)]
+    chosen = judged or [name for name in names if name.startswith("support/")]
+    curves = [
+        ("warm start, " + name.split("loss/")[1], COLOURS[4 + n % 2], warm, name) for n, name in enumerate(on_query)
+    ]
+    curves += [(name.split("loss/")[1], COLOURS[n % 4], meta, name) for n, name in enumerate(chosen)]
+    _draw_curves(axis, curves, offset)
+
+
+def _draw_curves(axis: Any, curves: Sequence[tuple[str, str, Sequence[Any], str]], offset: int) -> None:
+    """Draw a field of records over steps; of a trace over inner steps its last entry, or with ` first` its first."""
+    for title, colour, records, field in curves:
+        name, _, which = field.partition(" ")
+        found = [record.get(name, record.get(f"support/{name}")) for record in records]
+        values = [(v or [None])[0 if which else -1] if isinstance(v, list) else v for v in found]
+        begin = 0 if records and records[0]["phase"] == "warm start" else offset
+        if np.isfinite(_numbers(values)).any():
+            width = 1.8 if title.startswith("query") else 1.2
+            axis.plot(
+                [r["step"] + begin for r in records], _numbers(values), color=colour, label=title, linewidth=width
+            )
 
 
 def _draw(axis: Any, lines: Sequence[Line], colours: Mapping[str, str], last: int) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from metagen_jax import build
 from metagen_jax.checkpoint import Checkpoints
 from metagen_jax.cli import adapt, evaluate, info, main, quickstart, summary
+from metagen_jax.cli.monitors import summarise, warnings_of
 from metagen_jax.cli.runs import load
-from metagen_jax.cli.train import Train, summarise, warnings_of
+from metagen_jax.cli.train import Train
 from metagen_jax.config import DataConfig, TrainConfig
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import init_state

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, evaluate, info, quickstart, train
+from metagen_jax.cli import adapt, critics, evaluate, info, quickstart, train
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -22,6 +22,7 @@ Command = (
     | Annotated[train.Train, tyro.conf.subcommand("train")]
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[critics.TrainCritics, tyro.conf.subcommand("critics")]
     | Annotated[info.Info, tyro.conf.subcommand("info")]
 )
 RUN: dict[type, Callable[[Any], None]] = {
@@ -29,6 +30,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     train.Train: train.run,
     evaluate.Evaluate: evaluate.run,
     adapt.Adapt: adapt.run,
+    critics.TrainCritics: critics.run,
     info.Info: info.run,
 }
 

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax
 
 from metagen_jax import build
-from metagen_jax.build import Parts
+from metagen_jax.build import Built, Parts
 from metagen_jax.checkpoint import load_meta
 from metagen_jax.config import TrainConfig
 from metagen_jax.meta.learners import MetaLearner
-from metagen_jax.models.vae import Vae
 from metagen_jax.run_directory import Provenance, RunDirectory, find, read_config, read_split
 from metagen_jax.types import Params
 
@@ -21,7 +20,7 @@ class Finished(NamedTuple):
     run: RunDirectory
     config: TrainConfig
     provenance: Provenance
-    built: Vae
+    built: Built
     learner: MetaLearner
     meta: Params  # averaged meta-parameters
     step: int  # meta-steps taken
@@ -35,7 +34,7 @@ def load(path: Path | str) -> Finished:
     """
     run = find(path)
     config, provenance = read_config(run)
-    built = build.model(config.network, provenance.event, provenance.binary)
+    built = build.model(config, provenance.event, provenance.binary)
     learner = build.learner(config, built)
     meta, header = load_meta(run.meta, jax.eval_shape(learner.init, jax.random.key(0)))
     return Finished(run, config, provenance, built, learner, meta, int(header["step"]))

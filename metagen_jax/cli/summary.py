@@ -91,8 +91,8 @@ def lines(result: dict[str, Any]) -> tuple[list[Line], list[Line]]:
     return found, [line(name, curves[name]["steps"], entries) for name, entries in result["above"].items()]
 
 
-def cell(entry: dict[str, Any]) -> str:
+def cell(entry: dict[str, Any], digits: int = 2) -> str:
     """Return an interval as text."""
     if entry["mean"] is None:
         return f"diverged ({entry['num_nonfinite']} classes)"
-    return f"{entry['mean']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
+    return f"{entry['mean']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

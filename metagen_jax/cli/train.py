@@ -15,9 +15,11 @@ from metagen_jax import build, report
 from metagen_jax.baselines import train_joint
 from metagen_jax.build import Part, Parts
 from metagen_jax.checkpoint import Checkpoints, save_meta
+from metagen_jax.cli.monitors import shown_loss, summarise, warnings_of
 from metagen_jax.config import (
     LEARNERS,
     MODELS,
+    AdversarialConfig,
     DataConfig,
     InnerConfig,
     ModelConfig,
@@ -77,13 +79,14 @@ class Train:
     network: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
 
 
 def run(arguments: Train) -> None:
     """Carry out the command."""
     a = arguments
     data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries)
-    config = TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.shots, a.query, a.seed)
+    config = TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.seed)
     train_run(config, a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
 
 
@@ -104,16 +107,18 @@ def train_run(
         ValueError: whatever does not fit together.
         Divergence: training lost finiteness; the folder keeps what was done until then.
     """
-    check(config)
+    config = check(config)
     if checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
     if out is not None:
         check_free(out)
     writer = _tensorboard() if tensorboard else None
     data = build.parts(config.data)
-    built = build.model(config.network, data.event, data.binary)
+    built = build.model(config, data.event, data.binary)
     learner = build.learner(config, built)
-    family = build.family(data, "train", config.shots, config.query, symmetries=config.data.symmetries)
+    family = build.family(
+        data, "train", config.shots, config.query, symmetries=config.data.symmetries, model=config.model
+    )
     optimizer, sampler = build.outer(config), uniform(family, config.outer.tasks)
     outer = config.outer
     step = make_step(
@@ -161,7 +166,7 @@ def train_run(
                 state = train(step, state, family.data, outer.steps, chunk=CHUNK, on_chunk=on_chunk)
             keep(state)
     report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
-    if short_evaluation:
+    if short_evaluation and isinstance(built, Vae):
         print(_short_evaluation(config, data, built, learner, state.average, jax.random.fold_in(key, SHORT)))
     print(f"next: metagen evaluate {run.path}", flush=True)
     return run
@@ -210,50 +215,9 @@ def _on_chunk(phase: str, log: Logger, progress: Progress) -> Callable[[TrainSta
             said.add(kind)
         seconds = round(time.perf_counter() - begin, 3)
         log(step, {"phase": phase, "step": step, "seconds": seconds, **record})
-        progress.update(step, record["loss"] if "loss" in record else record.get("support/loss", [None])[-1])
+        progress.update(step, shown_loss(record))
 
     return on_chunk
-
-
-def warnings_of(step: int, record: dict[str, Any]) -> dict[str, str]:
-    """Return what a person should know about the dispatch that ended at `step`, by kind."""
-    found = {}
-    if record["num_nonfinite"]:
-        inner = record["bad_inner_step"]
-        where = f"at inner step {inner}" if inner >= 0 else "on its query"
-        found["nonfinite"] = (
-            f"before meta-step {step}, {record['num_nonfinite']} tasks were not finite and were left out; the first, "
-            f"task {record['bad_task']} of its batch, diverged {where}"
-        )
-    inner_loss = record.get("support/loss", [])
-    if len(inner_loss) > 1 and inner_loss[-1] > inner_loss[0]:
-        found["rising"] = (
-            f"the inner loop raises the loss on its own support, from {inner_loss[0]:.1f} to {inner_loss[-1]:.1f} nats "
-            "per image: its rates are too large (--inner.rate, --inner.fast-rate)"
-        )
-    return found
-
-
-def summarise(metrics: Metrics) -> dict[str, Any]:
-    """Return one record for the metrics [chunk, ...] of a dispatch.
-
-    Means over the steps that are finite; counts are summed; the place of a loss of finiteness is that of the first.
-    """
-    record: dict[str, Any] = {}
-    for name, value in metrics.items():
-        values = np.asarray(value)
-        if name == "num_nonfinite":
-            record[name] = int(values.sum())
-        elif name in ("bad_task", "bad_inner_step"):
-            lost = np.flatnonzero(np.asarray(metrics["num_nonfinite"]))
-            record[name] = int(values[lost[0]]) if len(lost) else -1
-        elif np.isfinite(values).all():
-            record[name] = values.mean(0).tolist()
-        else:
-            finite = np.isfinite(values)
-            count = finite.sum(0)
-            record[name] = np.where(count, np.where(finite, values, 0).sum(0) / np.maximum(count, 1), np.nan).tolist()
-    return record
 
 
 @contextlib.contextmanager

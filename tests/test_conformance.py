@@ -1,0 +1,194 @@
+"""Every public learner with every public model: what must hold whatever they are."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import EVENT, flat, image_task, tiny_gan, tiny_vae
+
+import metagen_jax as mg
+from metagen_jax import build
+from metagen_jax.config import LEARNERS as OFFERED_LEARNERS
+from metagen_jax.config import MODELS as OFFERED_MODELS
+from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, check
+from metagen_jax.dynamics import alternating
+from metagen_jax.models.adversarial import gradient_penalty, least_squares, non_saturating, wasserstein
+from metagen_jax.models.networks import mlp
+
+STEPS = 2
+PIXELS = 36
+
+
+def _conditional():
+    generator, discriminator = mlp((2,), (3,), EVENT), mlp(EVENT, (3,), (1,))
+    built = mg.conditional_gan(generator, discriminator, non_saturating(), 2, num_classes=2, context=2)
+    return built.model, [built.discriminator, built.generator]
+
+
+def _gan():
+    built = tiny_gan(wasserstein(), hidden=(3,), terms=mg.Terms(gradient_penalty(), mode_seeking=0.1))
+    return built.model, [built.discriminator, built.generator]
+
+
+def _cycle():
+    networks = [mlp(EVENT, (3,), EVENT), mlp(EVENT, (3,), EVENT), mlp(EVENT, (3,), (1,)), mlp(EVENT, (3,), (1,))]
+    model = mg.cycle_gan(*networks, least_squares(), identity_weight=0.5).model
+    return model, [("discriminator_a", "discriminator_b"), ("forward", "backward")]
+
+
+def _adversarial_autoencoder():
+    networks = mlp(EVENT, (3,), (2,)), mlp((2,), (3,), EVENT), mlp((2,), (3,), (1,))
+    model = mg.adversarial_autoencoder(*networks, mg.bernoulli(), 2).model
+    return model, ["discriminator", ("encoder", "decoder")]
+
+
+def _bidirectional(form):
+    networks = mlp(EVENT, (3,), (2,)), mlp((2,), (3,), EVENT), mlp((PIXELS + 2,), (3,), (1,))
+    return mg.bidirectional_gan(*networks, 2, form=form).model, ["discriminator", ("encoder", "generator")]
+
+
+def _vae():
+    model, _ = tiny_vae(hidden=(3,))
+    return model, [tuple(jax.eval_shape(model.init, jax.random.key(0)))]
+
+
+MODELS = {
+    "vae": _vae,
+    "gan": _gan,
+    "conditional_gan": _conditional,
+    "cycle_gan": _cycle,
+    "adversarial_autoencoder": _adversarial_autoencoder,
+    "bidirectional_gan": lambda: _bidirectional("standard"),
+    "bidirectional_gan literal": lambda: _bidirectional("literal"),
+}
+"""Name -> a small model and the turns of its sides."""
+
+
+def _read(model):
+    """Return an embedding that shifts the model's first player by what the support looks like."""
+    first = min(jax.eval_shape(model.init, jax.random.key(0)))
+
+    def embed(meta, support):
+        mean = (support.weight[:, None, None, None] * support.x).sum() / support.weight.sum()
+        return {first: jax.tree.map(lambda leaf: leaf + 1e-3 * mean, meta[first])}
+
+    return embed
+
+
+LEARNERS = {
+    "maml": lambda model, players, play: mg.maml(model, mg.per_step(STEPS, 1e-2, players), STEPS, dynamics=play),
+    "fomaml": lambda model, players, play: mg.fomaml(model, mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play),
+    "reptile": lambda model, players, play: mg.reptile(model, mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play),
+    "anil": lambda model, players, play: mg.anil(
+        model, mg.fixed(optax.sgd(1e-2)), STEPS, head=(players[0], players[-1]), dynamics=play
+    ),
+    "meta_sgd": lambda model, players, play: mg.meta_sgd(model, 1e-2, STEPS, players=players, dynamics=play),
+    "amortised": lambda model, players, play: mg.amortised(
+        model, _read(model), mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play
+    ),
+    "joint": lambda model, players, play: mg.joint(model, mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play),
+}
+
+
+def _task(seed):
+    """Return a task whose examples have labels 0 and 1, and whose support has two rows of padding."""
+    task = image_task(seed, shots=6, query=4)
+    support = task.support._replace(
+        label=jnp.array([0, 1, 0, 1, 0, 1], jnp.int32), weight=jnp.array([1.0, 1, 1, 1, 0, 0])
+    )
+    return mg.Task(support, task.query._replace(label=jnp.array([1, 0, 1, 0], jnp.int32)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_conforms_with_every_model(learner, model):
+    """Every player learns from a finite field, which padding leaves alone and the support and the key do not.
+
+    One program for each pair, the field, which has the adapter in it; the path has the adapter's form.
+    """
+    made, turns = MODELS[model]()
+    players = tuple(player for turn in turns for player in ((turn,) if isinstance(turn, str) else turn))
+    built = LEARNERS[learner](made, players, alternating(turns) if len(turns) > 1 else mg.vector_field)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(built.init, jax.random.key(1))
+    meta = {
+        name: jax.tree.map(lambda leaf, log=name.endswith("log_rate"): _filled(rng, leaf.shape, log), tree)
+        for name, tree in shapes.items()
+    }
+    task, key = _task(0), jax.random.key(3)
+    field = jax.jit(built.field)
+    direction, metrics = field(meta, jax.random.clone(key), task)
+    losses = [value for name, value in metrics.items() if name.startswith("support/loss")]
+    assert all(loss.shape == (STEPS,) for loss in losses)
+    assert bool(losses) == (learner != "joint")
+    assert set(direction) <= set(meta)
+    for player, tree in direction.items():
+        assert np.isfinite(flat(tree)).all(), player
+        assert np.abs(flat(tree)).max() > 1e-7, player
+
+    x = task.support.x
+    padding = task._replace(support=task.support._replace(x=x.at[4:].set(1 - x[4:])))
+    np.testing.assert_array_equal(flat(field(meta, jax.random.clone(key), padding)[0]), flat(direction))
+    other = task._replace(support=task.support._replace(x=x.at[:4].set(1 - x[:4])))
+    assert np.abs(flat(field(meta, jax.random.clone(key), other)[0]) - flat(direction)).max() > 1e-7
+    if model != "cycle_gan":  # which draws nothing
+        assert np.abs(flat(field(meta, jax.random.key(4), task)[0]) - flat(direction)).max() > 1e-7
+
+    adapted, _ = jax.eval_shape(built.adapt, meta, key, task.support)
+    path, _ = jax.eval_shape(lambda *arguments: built.path(*arguments, STEPS), meta, key, task.support)
+    along = jax.tree.map(lambda leaf: (STEPS + 1, *leaf.shape), adapted)
+    assert along == jax.tree.map(lambda leaf: leaf.shape, path)
+
+
+def _filled(rng, shape, log_rate):
+    """Return random parameters, so that no context is zero and every map has something to learn from."""
+    return jnp.full(shape, np.log(1e-2), jnp.float32) if log_rate else jnp.asarray(0.5 * rng.normal(size=shape), "f4")
+
+
+def _public(where):
+    return {
+        name
+        for name in mg.__all__
+        if inspect.isfunction(thing := getattr(mg, name)) and thing.__module__.startswith(f"metagen_jax.{where}")
+    }
+
+
+def test_every_public_learner_and_model_has_a_row():
+    assert _public("meta.learners") == set(LEARNERS)
+    assert _public("models") - {"bernoulli", "gaussian"} == {name.split()[0] for name in MODELS}
+    assert set(OFFERED_LEARNERS) == set(LEARNERS)
+
+
+@pytest.mark.parametrize("model", OFFERED_MODELS)
+@pytest.mark.parametrize("learner", OFFERED_LEARNERS)
+def test_the_command_line_builds_every_learner_with_every_model_or_says_why_not(learner, model):
+    network = ModelConfig(hidden=(4,), latents=2, context=2)
+    config = check(TrainConfig(learner, model, network=network))
+    built = build.model(config, EVENT, True)
+    if learner == "amortised" and model != "gan":
+        with pytest.raises(ValueError, match="needs a model that reads its support, so far gan"):
+            build.learner(config, built)
+        return
+    meta = jax.eval_shape(build.learner(config, built).init, jax.random.key(0))
+    role = build.roles(config, built)
+    assert set(role.players) <= set(meta)
+    assert {player for turn in role.turns for player in turn} == set(role.players)
+    assert set(role.fast) | set(role.head) | set(role.joint) | set(role.tuned) <= set(role.players)
+
+
+@pytest.mark.parametrize("dynamics", ["alternating", "simultaneous", "extragradient", "consensus", "unrolled"])
+def test_the_command_line_builds_every_dynamics(dynamics):
+    game = AdversarialConfig(dynamics=dynamics, critic_steps=2, unrolled_steps=1)
+    config = check(
+        TrainConfig("fomaml", "gan", network=ModelConfig(hidden=(3,), latents=2, context=1), adversarial=game)
+    )
+    built = build.model(config, EVENT, True)
+    learner = build.learner(config, built)
+    meta = jax.jit(learner.init)(jax.random.key(0))
+    adapted, _ = jax.jit(learner.adapt)(meta, jax.random.key(1), image_task().support)
+    for player in ("generator_context", "discriminator_context"):
+        assert np.abs(flat(adapted[player]) - flat(meta[player])).max() > 1e-6
+    np.testing.assert_array_equal(flat(adapted["generator"]), flat(meta["generator"]))
