@@ -18,7 +18,7 @@ import numpy as np
 
 import metagen_jax as mg
 from metagen_jax import build
-from metagen_jax.config import ModelConfig, TrainConfig
+from metagen_jax.config import ModelConfig, TrainConfig, check
 from metagen_jax.meta.batch import sum_over_tasks
 from metagen_jax.meta.learners import task_keys
 from metagen_jax.tasks.strokes import strokes
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
-    config = TrainConfig(network=ModelConfig(hidden=(256, 256), context=256))
+    config = check(TrainConfig(network=ModelConfig(hidden=(256, 256), context=256)))
     model = build.model(config, (28, 28, 1), True)
     learner = build.learner(config, model)
     meta = learner.init(jax.random.key(0))

@@ -2,7 +2,7 @@
 
 from metagen_jax.adapt.starts import Start, fixed, learned, per_parameter, per_step, reset
 from metagen_jax.adapt.unroll import trajectory, unroll
-from metagen_jax.dynamics import alternating, consensus, extragradient, in_turns, unrolled
+from metagen_jax.dynamics import alternating, consensus, extragradient, in_turns, unrolled, without_shaping
 from metagen_jax.games import GradientField, cooperative, union, vector_field
 from metagen_jax.meta.learners import MetaLearner, amortised, anil, fomaml, joint, maml, meta_sgd, reptile
 from metagen_jax.meta.outer import displacement, over_tasks, through
@@ -100,4 +100,5 @@ __all__ = [
     "unrolled",
     "vae",
     "vector_field",
+    "without_shaping",
 ]

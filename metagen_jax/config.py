@@ -77,6 +77,8 @@ class AdversarialConfig:
     """how the sides move in an inner step: the discriminator first, at once, ..."""
     critic_steps: int = 1
     """moves of the discriminator in an inner step (alternating)"""
+    shaping: bool = False
+    """let a meta-gradient go through what the rivals have adapted to: exact, and a reward for teaching them badly"""
     ahead_rate: float = 1e-3
     """rate of the steps ahead (extragradient, unrolled)"""
     unrolled_steps: int = 3
@@ -107,8 +109,8 @@ class InnerConfig:
     """auto: learned per element and step, except for reptile and joint (fixed) and meta_sgd (per parameter)"""
     rate: float = 1e-3
     """initial inner rate of network weights"""
-    fast_rate: float = 0.1
-    """initial inner rate of the prior and the context"""
+    fast_rate: float | None = None
+    """initial inner rate of the prior and of contexts; 0.1 (vae), 0.02 (gan) if not given"""
     inner_grad: Literal["reverse", "forward_over_reverse"] = "reverse"
     """how the inner gradient is differentiated: equal results, less memory with forward_over_reverse"""
     remat: Literal["none", "step", "nested"] = "none"
@@ -164,6 +166,7 @@ class TrainConfig:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return the configuration with the model's own defaults where nothing was given."""
     is_vae = config.model == "vae"
+    inner = _filled(config.inner, fast_rate=0.1 if is_vae else 0.02)
     outer = _filled(
         config.outer,
         rate=1e-3 if is_vae else 3e-4,
@@ -176,7 +179,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         loss=loss.get(config.model, "non_saturating"),
         penalty="gradient" if config.model == "gan" else "none",
     )
-    return dataclasses.replace(config, outer=outer, adversarial=adversarial)
+    return dataclasses.replace(config, inner=inner, outer=outer, adversarial=adversarial)
 
 
 def check(config: TrainConfig) -> TrainConfig:

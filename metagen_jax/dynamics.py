@@ -157,6 +157,34 @@ def unrolled(game: Game, players: Sequence[str], rivals: Sequence[str], num_step
     return foreseen
 
 
+def without_shaping(game: Game) -> Game:
+    """Return the game in which a loss carries no gradient to any player but those that have it.
+
+    The field of the game stays what it is. What changes is a meta-gradient through it: a player's query loss depends on
+    its meta-parameters through its own adapted parameters, and through those of its rivals, which have adapted to it.
+    Descending the second path is to shape one's opponents: a discriminator whose loss falls when the generator adapts
+    badly learns to teach it badly. `over_tasks(without_shaping(game), adapt)` leaves that path out.
+
+    Source: of the term, Foerster et al., Learning with Opponent-Learning Awareness, 2018.
+    """
+
+    def apart(params: Params, key: Key, batch: Any) -> tuple[Losses, Metrics]:
+        losses, metrics = game(params, key, batch)
+        sides: dict[int, list[str]] = {}
+        for name, loss in losses.items():
+            sides.setdefault(id(loss), []).append(name)
+        if len(sides) == 1:
+            return losses, metrics
+        found: Losses = {}
+        for side in sides.values():
+            own = {name: tree if name in side else jax.lax.stop_gradient(tree) for name, tree in params.items()}
+            alone, _ = game(own, jax.random.clone(key), batch)
+            found |= {name: alone[name] for name in side}
+        return {name: found[name] for name in losses}, metrics
+
+    return apart
+
+
 def in_turns(
     rule: optax.GradientTransformation, turns: Sequence[str | Sequence[str]]
 ) -> optax.GradientTransformationExtraArgs:

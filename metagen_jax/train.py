@@ -254,8 +254,8 @@ def _advice(step: int, metrics: Any) -> str:
     return (
         f"meta-step {step}: {int(metrics['num_nonfinite'])} tasks are not finite, the first of them task "
         f"{int(metrics['bad_task'])} {where}, and so it was for several meta-steps in a row. The inner rate is too "
-        "large for this loss (losses are in nats per image, summed over pixels): divide it by ten; clipping or a "
-        "smaller outer rate help where it happens only late in training"
+        "large for this loss (of an autoencoder it is in nats per image, summed over pixels): divide it by ten; "
+        "clipping or a smaller outer rate help where it happens only late in training"
     )
 
 

@@ -183,6 +183,34 @@ def test_turns_have_equal_meta_gradients_by_both_routes_of_the_inner_gradient():
     np.testing.assert_allclose(*found, rtol=1e-12)
 
 
+def test_without_shaping_the_path_through_what_the_rival_has_adapted_to_is_left_out():
+    """One simultaneous step each: x' = x - a y, y' = y + a x; L_x = x' y' on the query."""
+    model = mg.Model(lambda key: _params(), game, lambda params, key, num: jnp.zeros(num))
+    task = mg.Task(points([[0.0]]), points([[0.0]]))
+    x, y = BEGIN
+    x_after, y_after = x - RATE * y, y + RATE * x
+    whole, own = (
+        mg.maml(model, mg.fixed(optax.sgd(RATE)), 1, shaping=shaping).field(_params(), jax.random.key(0), task)[0]
+        for shaping in (True, False)
+    )
+    np.testing.assert_allclose(whole["x"], y_after + x_after * RATE, rtol=1e-12)  # d y' / d x = a
+    np.testing.assert_allclose(whole["y"], -x_after + y_after * RATE, rtol=1e-12)  # d x' / d y = -a
+    np.testing.assert_allclose(own["x"], y_after, rtol=1e-12)
+    np.testing.assert_allclose(own["y"], -x_after, rtol=1e-12)
+
+
+def test_without_shaping_losses_metrics_and_field_stay_and_partners_still_share_a_loss():
+    plain, apart = bilinear(0.3), mg.without_shaping(bilinear(0.3))
+    batch, key = points([[0.2]]), jax.random.key(0)
+    for one, other in zip(plain(_params(), key, batch), apart(_params(), jax.random.clone(key), batch), strict=True):
+        assert {name: float(value) for name, value in one.items()} == {name: float(v) for name, v in other.items()}
+    fields = [mg.vector_field(each)(_params(), jax.random.clone(key), batch)[0] for each in (plain, apart)]
+    np.testing.assert_allclose(flat(fields[0]), flat(fields[1]), rtol=1e-12)
+    shared = mg.cooperative(lambda params, key, batch: (params["x"] * params["y"], {}), ("x", "y"))
+    losses, _ = mg.without_shaping(shared)(_params(), key, batch)
+    assert losses["x"] is losses["y"]
+
+
 # In any optax loop
 
 

@@ -23,7 +23,7 @@ from metagen_jax.adapt.amortised import Embed, amortised_path
 from metagen_jax.adapt.amortised import amortised as read_support
 from metagen_jax.adapt.starts import Start, fixed, per_parameter
 from metagen_jax.adapt.unroll import Path, trajectory, unroll
-from metagen_jax.dynamics import Dynamics
+from metagen_jax.dynamics import Dynamics, without_shaping
 from metagen_jax.games import union, vector_field
 from metagen_jax.meta.outer import displacement, through
 from metagen_jax.types import Adapt, Examples, Field, Key, Metrics, Model, Params, Task
@@ -50,6 +50,7 @@ def maml(
     *,
     players: Sequence[str] | None = None,
     dynamics: Dynamics = vector_field,
+    shaping: bool = True,
     **options: Any,
 ) -> MetaLearner:
     """Model-agnostic meta-learning, second order unless `first_order=True`.
@@ -62,15 +63,17 @@ def maml(
         num_steps: K.
         players: those that move inside; None for all.
         dynamics: how they move in a step: at once (`vector_field`), in turns (`alternating`), or any function
-            (game, players) -> field or fields. For a game, player p's meta-gradient is that of its own query loss,
-            through the inner moves of all players.
+            (game, players) -> field or fields.
+        shaping: of a game with rivals, take player p's meta-gradient d L_p(phi_K(meta), Q) / d meta_p whole, through
+            what its rivals have adapted to; False leaves that path out (`without_shaping`), in which a discriminator
+            is rewarded for teaching the generator badly. A model of one loss does not notice.
         **options: of `unroll` (first_order, inner_grad, remat).
 
     Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
     """
     field = dynamics(model.game, players)
     adapt = unroll(field, start, num_steps, **options)
-    return MetaLearner(_init(model, start), adapt, through(model.game, adapt), trajectory(field, start))
+    return MetaLearner(_init(model, start), adapt, _through(model, adapt, shaping), trajectory(field, start))
 
 
 def fomaml(
@@ -154,6 +157,7 @@ def amortised(
     *,
     players: Sequence[str] | None = None,
     dynamics: Dynamics = vector_field,
+    shaping: bool = True,
     **options: Any,
 ) -> MetaLearner:
     """Read the support set with a network that is meta-trained, then take `num_steps` gradient steps from there.
@@ -165,6 +169,7 @@ def amortised(
         num_steps: K; zero for no gradient step.
         players: those that the gradient steps move; None for all.
         dynamics: how they move, as in `maml`.
+        shaping: as in `maml`.
         **options: of `unroll`.
 
     Raises:
@@ -178,7 +183,11 @@ def amortised(
     field = dynamics(model.game, players)
     adapt = read_support(embed, unroll(field, start, num_steps, **options))
     path = amortised_path(embed, trajectory(field, start))
-    return MetaLearner(_init(model, start), adapt, through(model.game, adapt), path)
+    return MetaLearner(_init(model, start), adapt, _through(model, adapt, shaping), path)
+
+
+def _through(model: Model, adapt: Adapt, shaping: bool) -> Field:
+    return through(model.game if shaping else without_shaping(model.game), adapt)
 
 
 def _init(model: Model, start: AnyStart) -> Callable[[Key], Params]:
