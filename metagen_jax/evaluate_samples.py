@@ -33,9 +33,10 @@ from metagen_jax.critics import Critics, class_log_probabilities, classifier_fea
 from metagen_jax.evaluate import Path, map_tasks
 from metagen_jax.metrics.discrimination import discrimination
 from metagen_jax.metrics.frechet import frechet_distance
+from metagen_jax.metrics.interval import over_classes
 from metagen_jax.metrics.kernel import kernel_distances
 from metagen_jax.metrics.memorisation import memorisation
-from metagen_jax.metrics.prdc import prdc
+from metagen_jax.metrics.prdc import prdc_rows
 from metagen_jax.metrics.recognition import diversity, inception_score, recognisability
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Array, Key, Params, Task
@@ -160,25 +161,33 @@ def measure(drawn: Drawn) -> dict[str, np.ndarray]:
     return found
 
 
-def measure_pooled(drawn: Drawn, classes: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Return each measure of POOLED, [S], over all classes whose samples are finite, or over these classes [n]."""
-    classes = np.arange(len(drawn.real["classifier"])) if classes is None else classes
-    found = {name: np.full(len(drawn.steps), np.nan) for name in POOLED}
+def measure_pooled(drawn: Drawn, *, num_resamples: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return each measure of POOLED with its 95 % interval over classes, [S, 3]: value, low, high.
+
+    All classes whose samples are finite at a step are pooled. Precision, recall, density and coverage are means over
+    images, so their intervals are those of class means, given where the real and the made images lie. Distances and
+    scores are not; theirs are 1.96 standard deviations of `num_resamples` bootstrap resamples of the classes.
+    """
+    found = {name: np.full((len(drawn.steps), 3), np.nan) for name in POOLED}
+    rng = np.random.default_rng(seed)
     for index in range(len(drawn.steps)):
-        made = {space: drawn.made[space][classes, index] for space in SPACES}
-        kept = np.logical_and.reduce([np.isfinite(made[space]).all((1, 2)) for space in SPACES])
-        if not kept.any():
+        made = {space: drawn.made[space][:, index] for space in SPACES}
+        kept = np.flatnonzero(np.logical_and.reduce([np.isfinite(made[space]).all((1, 2)) for space in SPACES]))
+        if len(kept) < 2:
             continue
-        rows = {s: (_rows(drawn.real[s][classes][kept]), _rows(made[s][kept])) for s in SPACES}
-        of_classifier = prdc(*rows["classifier"])
+        resamples = [kept, *(rng.choice(kept, len(kept)) for _ in range(num_resamples))]
+        log_p = drawn.log_probabilities[:, index]
         values = {
-            "fid": frechet_distance(*rows["classifier"]),
-            "fid_contrastive": frechet_distance(*rows["contrastive"]),
-            "inception_score": inception_score(_rows(drawn.log_probabilities[classes, index][kept])),
-            **of_classifier._asdict(),
+            "fid": [_frechet(drawn.real["classifier"], made["classifier"], classes) for classes in resamples],
+            "fid_contrastive": [_frechet(drawn.real["contrastive"], made["contrastive"], c) for c in resamples],
+            "inception_score": [inception_score(_rows(log_p[classes])) for classes in resamples],
         }
-        for name, value in values.items():
-            found[name][index] = value
+        for name, (value, *others) in values.items():
+            half = 1.96 * np.std(others, ddof=1)
+            found[name][index] = value, value - half, value + half
+        rows = prdc_rows(_rows(drawn.real["classifier"][kept]), _rows(made["classifier"][kept]))
+        for name, of_images in rows._asdict().items():
+            found[name][index] = over_classes(of_images.reshape(len(kept), -1).mean(1))
     return found
 
 
@@ -216,6 +225,10 @@ def _of_classes(made: Any, real: Any, support: Any) -> dict[str, np.ndarray]:
         "copies": memory.copies,
         "discrimination": discrimination(real["classifier"], made["classifier"]),
     }
+
+
+def _frechet(real: np.ndarray, made: np.ndarray, classes: np.ndarray) -> float:
+    return frechet_distance(_rows(real[classes]), _rows(made[classes]))
 
 
 def _rows(features: np.ndarray) -> np.ndarray:

@@ -70,7 +70,9 @@ def test_every_measure_is_reported_for_every_system_and_step_beside_copies_and_r
             assert len(system[name]) == 5
             assert all(entry["low"] <= entry["mean"] <= entry["high"] for entry in system[name])
         assert set(system["pooled"]) == set(POOLED)
-        assert all(len(values) == 5 for values in system["pooled"].values())
+        for values in system["pooled"].values():
+            assert len(values) == 5
+            assert all(entry["low"] <= entry["mean"] <= entry["high"] for entry in values)
     copies = result["references"][samples.COPY]
     assert copies["memorisation"][0]["mean"] == pytest.approx(0, abs=1e-6)
     assert copies["copies"][0]["mean"] == 1.0

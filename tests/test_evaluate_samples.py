@@ -20,6 +20,7 @@ from metagen_jax.evaluate_samples import (
 )
 from metagen_jax.metrics.frechet import frechet_distance
 from metagen_jax.metrics.kernel import kernel_distances
+from metagen_jax.metrics.prdc import prdc
 
 SPECS = jnp.arange(6)[:, None]
 STEPS = (0, 1, 3)
@@ -95,15 +96,19 @@ def test_the_kernel_distance_within_a_class_is_that_of_its_own_samples_and_image
     np.testing.assert_allclose(measure(drawn)["kid"][:, 1], expected)
 
 
-def test_pooled_measures_take_all_classes_together_or_those_asked_for(parts):
+def test_pooled_measures_take_all_classes_together_with_intervals_over_classes(parts):
     drawn = parts[3]
     found = measure_pooled(drawn)
     assert set(found) == set(POOLED)
     rows = [features.reshape(-1, 4) for features in (drawn.real["classifier"], drawn.made["classifier"][:, 2])]
-    np.testing.assert_allclose(found["fid"][2], frechet_distance(*rows))
-    few = measure_pooled(drawn, np.array([0, 3]))
-    rows = [features[[0, 3]].reshape(-1, 4) for features in (drawn.real["classifier"], drawn.made["classifier"][:, 2])]
-    np.testing.assert_allclose(few["fid"][2], frechet_distance(*rows))
+    np.testing.assert_allclose(found["fid"][2, 0], frechet_distance(*rows))
+    expected = prdc(*rows)
+    for name in ("precision", "recall", "density", "coverage"):
+        np.testing.assert_allclose(found[name][2, 0], getattr(expected, name))
+    for values in found.values():
+        assert (values[:, 1] <= values[:, 0]).all()
+        assert (values[:, 0] <= values[:, 2]).all()
+    assert np.ptp(found["fid"][2]) > 1e-6
 
 
 def test_copying_is_recognised_as_copying_and_real_images_as_real(parts):
@@ -126,8 +131,10 @@ def test_a_class_that_diverged_is_nan_and_the_others_are_measured_without_it(par
         assert np.isfinite(np.delete(values.ravel(), 4 * 3 + 1)).all(), name
     np.testing.assert_allclose(broken["kid"][:4, 1], measure(drawn)["kid"][:4, 1])
     pooled = measure_pooled(drawn._replace(made=made))
-    others = measure_pooled(drawn, np.array([0, 1, 2, 3, 5]))
-    np.testing.assert_allclose(pooled["fid"][1], others["fid"][1])
+    rows = [
+        features[[0, 1, 2, 3, 5]].reshape(-1, 4) for features in (drawn.real["classifier"], made["classifier"][:, 1])
+    ]
+    np.testing.assert_allclose(pooled["fid"][1, 0], frechet_distance(*rows))
 
 
 def test_the_score_that_settings_are_chosen_by_is_minus_the_kernel_distance(parts):

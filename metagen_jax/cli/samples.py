@@ -105,10 +105,14 @@ def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
 
 
 def summary_of(drawn: Drawn, per_class: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return every measure of a system at every step: intervals over classes, and single numbers for pooled ones."""
+    """Return every measure of a system at every step, with intervals over classes."""
     entry: dict[str, Any] = {"steps": drawn.steps}
     entry |= {name: [interval(column) for column in per_class[name].T] for name in PER_CLASS}
-    return entry | {"pooled": measure_pooled(drawn)}
+    pooled = {
+        name: [dict(zip(("mean", "low", "high"), row, strict=True)) | {"num_nonfinite": 0} for row in values.tolist()]
+        for name, values in measure_pooled(drawn).items()
+    }
+    return entry | {"pooled": pooled}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -128,7 +132,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     rows += [(name, entry, 0) for name, entry in result["references"].items()]
     of_classes = [[name, *(cell(entry[m][at], 3) for m in SHOWN)] for name, entry, at in rows]
-    pooled = [[name, *(_number(entry["pooled"][m][at]) for m in POOLED_SHOWN)] for name, entry, at in rows]
+    pooled = [[name, *(_short(entry["pooled"][m][at]) for m in POOLED_SHOWN)] for name, entry, at in rows]
     pieces.append(report.table(["within each class", *SHOWN], of_classes) + "\n")
     pieces.append(report.table(["all classes pooled", *POOLED_SHOWN], pooled) + "\n")
     better = [[other, *(cell(entry, 3) for entry in found.values())] for other, found in result["improvements"].items()]
@@ -169,5 +173,8 @@ def _improvements(name: str, measured: dict[str, dict[str, np.ndarray]], trained
     }
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _short(entry: dict[str, Any]) -> str:
+    """Return a pooled measure as text, with half its interval."""
+    if entry["mean"] is None:
+        return "-"
+    return f"{entry['mean']:.3g} ± {(entry['high'] - entry['low']) / 2:.1g}"

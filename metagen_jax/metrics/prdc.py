@@ -30,8 +30,17 @@ class Prdc(NamedTuple):
     coverage: float  # [0, 1]
 
 
+class PrdcRows(NamedTuple):
+    """What each image contributes: the means are the four numbers."""
+
+    precision: np.ndarray  # [M] bool, of generated images
+    recall: np.ndarray  # [N] bool, of real images
+    density: np.ndarray  # [M]
+    coverage: np.ndarray  # [N] bool
+
+
 def prdc(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5) -> Prdc:
-    """Return precision, recall, density and coverage of generated images.
+    """Return precision, recall, density and coverage of generated images: the means of `prdc_rows`.
 
     Args:
         real: features of real images [N, D].
@@ -45,6 +54,20 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5) -> Prd
         >>> real = np.arange(6.0)[:, None]
         >>> prdc(real, real + 0.5, neighbours=1)
         Prdc(precision=1.0, recall=1.0, density=1.8333333333333333, coverage=1.0)
+    """
+    return Prdc(*(float(values.mean()) for values in prdc_rows(real, generated, neighbours=neighbours)))
+
+
+def prdc_rows(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5) -> PrdcRows:
+    """Return what each image contributes to precision, recall, density and coverage.
+
+    Args:
+        real: features of real images [N, D].
+        generated: features of generated images [M, D].
+        neighbours: k.
+
+    Raises:
+        ValueError: as `prdc`.
     """
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
@@ -70,12 +93,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5) -> Prd
         num_balls += inside.sum(0)
         covered.append(inside.any(1))
         recalled.append((distance <= generated_radius[None]).any(1))
-    return Prdc(
-        precision=float((num_balls > 0).mean()),
-        recall=float(np.concatenate(recalled).mean()),
-        density=float(num_balls.mean() / neighbours),
-        coverage=float(np.concatenate(covered).mean()),
-    )
+    return PrdcRows(num_balls > 0, np.concatenate(recalled), num_balls / neighbours, np.concatenate(covered))
 
 
 def _radii(x: np.ndarray, neighbours: int) -> np.ndarray:
