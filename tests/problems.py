@@ -109,3 +109,25 @@ def finite_difference(function, tree, direction, step=1e-6):
     ahead = jax.tree.map(lambda leaf, d: leaf + step * d, tree, direction)
     behind = jax.tree.map(lambda leaf, d: leaf - step * d, tree, direction)
     return (function(ahead) - function(behind)) / (2 * step)
+
+
+def agree_with_finite_differences(field, params, rtol, partners):
+    """Compare each player's direction with finite differences of its own loss, as the field reports it.
+
+    `partners` are the players that share a loss, which is reported under the name of one of them.
+    """
+
+    def loss(metrics, player):
+        names = (player, *partners) if player in partners else (player,)
+        return next(metrics[f"loss/{name}"] for name in names if f"loss/{name}" in metrics)
+
+    direction, _ = field(params)
+    rng = np.random.default_rng(0)
+    along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    assert set(direction) == set(params)
+    for player in params:
+        only = {name: jax.tree.map(lambda leaf, on=name == player: on * leaf, tree) for name, tree in along.items()}
+        slope = flat(direction[player]) @ flat(only[player])
+        assert abs(slope) > 1e-4
+        expected = finite_difference(lambda params, player=player: loss(field(params)[1], player), params, only)
+        np.testing.assert_allclose(slope, expected, rtol=rtol)

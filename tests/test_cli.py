@@ -340,7 +340,7 @@ def test_inner_rate_that_diverges_ends_with_the_reason_and_keeps_the_folder(plac
     ("change", "message"),
     [
         (lambda content: content["network"].update(latents=5), r"meta\.npz is of another shape: .*has \[4, 16\]"),
-        (lambda content: content.update(schema=99), "has schema 99, this version reads 1"),
+        (lambda content: content.update(schema=99), "has schema 99, this version reads 2"),
         (lambda content: content["inner"].update(colour="red"), "does not fit this version.*colour"),
         (lambda content: content["provenance"].update(data="0" * 64), "is not the data that"),
     ],
@@ -408,7 +408,7 @@ def test_command_line_reaches_every_setting_of_a_run():
     assert set(TrainConfig.__dataclass_fields__) <= reached
 
 
-@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "adapt", "info"])
+@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "adapt", "critics", "info"])
 def test_help_of_every_command_describes_every_option(name):
     result = command(name, "--help")
     assert result.code == 0

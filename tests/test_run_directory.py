@@ -59,7 +59,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content | {"schema": 99}, "has schema 99, this version reads 1"),
+        (lambda content: content | {"schema": 99}, "has schema 99, this version reads 2"),
         (lambda content: content | {"colour": "red"}, "does not fit this version.*colour"),
         (lambda content: {k: v for k, v in content.items() if k != "provenance"}, "not the configuration of a run"),
         (lambda content: [content], "not the configuration of a run"),

@@ -1,6 +1,5 @@
 """The evaluation of models with a likelihood: ELBO and IWAE over inner steps, beside every baseline."""
 
-import json
 from typing import Any
 
 import jax
@@ -16,14 +15,15 @@ from metagen_jax.cli.protocol import (
     System,
     adaptation_strip,
     baseline_systems,
+    header,
     tasks_of,
+    write,
 )
 from metagen_jax.cli.runs import Finished, load_data
 from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, above, advantages, interval, intervals, lines, markdown
 from metagen_jax.evaluate import Curve, Measure, adaptation_curves, exemplar_scores
 from metagen_jax.metrics.exemplar import fit_exemplars
 from metagen_jax.progress import Progress
-from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Key, LatentVariable
 
@@ -53,19 +53,15 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
             system, latent, family, specs, test_key, config.inner.steps, options, programs
         )
     copy = _copy(data, finished, family, specs, key) if options.baselines else None
-    result = {
-        "protocol": {
-            "part": options.part,
-            "data": config.data.source,
-            "classes": int(specs.shape[0]),
-            "shots": options.shots,
-            "query": config.query if options.query is None else options.query,
-            "trained_steps": config.inner.steps,
-            "meta_steps": finished.step,
-            "num_samples": options.num_samples,
-            "curve_samples": min(options.num_samples, CURVE_SAMPLES),
-            "unit": "nats per image, larger is better; mean and 95 % bootstrap interval over classes",
-        },
+    result: dict[str, Any] = {
+        "protocol": header(
+            finished,
+            options,
+            int(specs.shape[0]),
+            "nats per image, larger is better; mean and 95 % bootstrap interval over classes",
+            num_samples=options.num_samples,
+            curve_samples=min(options.num_samples, CURVE_SAMPLES),
+        ),
         "systems": {name: {"curve": intervals(curves[name]), "table": intervals(tables[name])} for name in curves},
         "reference": NOT_ADAPTED if FINE_TUNED in curves else f"{name} at step 0",
         "above": {other: above(curve, curves.get(FINE_TUNED, curves[name])) for other, curve in curves.items()},
@@ -73,9 +69,7 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
         "copy": None if copy is None else interval(copy),
         "notes": notes,
     }
-    result = jsonable(result)
-    (finished.run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (finished.run.path / "evaluation.md").write_text(markdown(result), encoding="utf-8")
+    result = write(finished, result, markdown)
     report.save(
         report.adaptation_curve(*lines(result), config.inner.steps, reference=result["reference"]),
         finished.run.figures / "adaptation_curve.png",

@@ -1,6 +1,8 @@
 """What every evaluation of a run has in common: its options, the systems that are compared, the strip of pictures."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,6 +21,7 @@ from metagen_jax.cli.train import held_out
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column
+from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Key, Metrics, Params
 
@@ -70,8 +73,37 @@ def check_options(options: Evaluate) -> None:
 
 def tasks_of(finished: Finished, data: Parts, options: Evaluate) -> TaskFamily:
     """Return the tasks of the part, the shots and the query that the options ask for."""
-    query = finished.config.query if options.query is None else options.query
+    query = num_query(finished, options)
     return build.family(data, options.part, options.shots, query, model=finished.config.model)
+
+
+def header(finished: Finished, options: Evaluate, num_classes: int, unit: str, **more: Any) -> dict[str, Any]:
+    """Return what every evaluation says about itself."""
+    config = finished.config
+    return {
+        "part": options.part,
+        "data": config.data.source,
+        "classes": num_classes,
+        "shots": options.shots,
+        "query": num_query(finished, options),
+        "trained_steps": config.inner.steps,
+        "meta_steps": finished.step,
+        **more,
+        "unit": unit,
+    }
+
+
+def num_query(finished: Finished, options: Evaluate) -> int:
+    """Return the number of real images of each class that are held out."""
+    return finished.config.query if options.query is None else options.query
+
+
+def write(finished: Finished, result: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Write evaluation.json and evaluation.md, and return what is in the first."""
+    result = jsonable(result)
+    (finished.run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (finished.run.path / "evaluation.md").write_text(markdown(result), encoding="utf-8")
+    return result
 
 
 def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: Part, key: Key) -> Any:
@@ -107,7 +139,7 @@ def baseline_systems(
     key = jax.random.key(config.seed)
     joint, joint_note = _joint(finished, data, options.joint_steps)
     part, steps = held_out(data), config.inner.steps
-    query = config.query if options.query is None else options.query
+    query = num_query(finished, options)
     family = build.family(data, part, options.shots, query, model=config.model)
     specs = _choice_specs(family, data, part, config.model, key)
     random = built.model.init(jax.random.fold_in(key, SCRATCH))

@@ -1,6 +1,5 @@
 """The evaluation of models without a likelihood: their samples, over inner steps, beside every baseline."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,22 @@ import numpy as np
 
 from metagen_jax import baselines, build, report
 from metagen_jax.cli.critics import critics_for
-from metagen_jax.cli.protocol import STRIP, TEST, Evaluate, adaptation_strip, baseline_systems, tasks_of
+from metagen_jax.cli.protocol import (
+    STRIP,
+    TEST,
+    Evaluate,
+    adaptation_strip,
+    baseline_systems,
+    header,
+    num_query,
+    tasks_of,
+    write,
+)
 from metagen_jax.cli.runs import Finished, load_data
 from metagen_jax.cli.summary import FINE_TUNED, cell, interval
 from metagen_jax.evaluate_samples import (
     PER_CLASS,
+    Draw,
     Drawn,
     copying,
     drawer,
@@ -25,7 +35,6 @@ from metagen_jax.evaluate_samples import (
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.progress import Progress
 from metagen_jax.report import Line
-from metagen_jax.run_directory import jsonable
 
 COPY, REAL = "copy of the support", "real (half against half)"
 SHOWN = ("kid", "recognisability", "diversity", "memorisation", "discrimination")
@@ -44,7 +53,7 @@ def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
     config, data = finished.config, load_data(finished)
     if options.num_images < 6:  # as many as five neighbours need
         raise ValueError(f"--num-images must be at least 6, got {options.num_images}")
-    query = config.query if options.query is None else options.query
+    query = num_query(finished, options)
     if query < 4:  # two halves of real images are compared with each other
         raise ValueError(
             f"samples are compared with at least 4 held-out images of each class, got {query}; use --query"
@@ -62,41 +71,31 @@ def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
         candidates = baselines.game_candidates(build.roles(config, finished.built))
         others, notes = baseline_systems(finished, data, options, candidates, score)
         systems += [tuple(system) for system in others]  # type: ignore[misc]
-    results: dict[str, Any] = {}
-    programs: dict[int, Any] = {}
-    drawn: Drawn | None = None
-    advantage_of: dict[str, dict[str, np.ndarray]] = {}
+    programs: dict[int, Draw] = {}
+    drawn: dict[str, Drawn] = {}
     for system, learner, meta, chunk in systems:
         draw = programs.setdefault(id(learner), _drawer(learner, finished, family, options, chunk))
         with Progress(system, specs.shape[0], unit="task") as progress:
-            seen = draw(meta, critics, specs, jax.random.fold_in(key, TEST), progress.update)
-        drawn = seen if drawn is None else drawn
-        advantage_of[system] = measure(seen)
-        results[system] = summary_of(seen, advantage_of[system])
-    assert drawn is not None
-    references = {REAL: summary_of(half := real_halves(drawn), measure(half))}
-    references[COPY] = summary_of(copy := copying(drawn), measure(copy))
-    result = {
-        "protocol": {
-            "part": options.part,
-            "data": config.data.source,
-            "classes": int(specs.shape[0]),
-            "shots": options.shots,
-            "query": query,
-            "images": options.num_images,
-            "trained_steps": trained,
-            "meta_steps": finished.step,
-            "critics": critics.header["weights_sha256"],
-            "unit": "means with 95 % bootstrap intervals over classes; pooled measures over all classes",
-        },
-        "systems": results,
+            drawn[system] = draw(meta, critics, specs, jax.random.fold_in(key, TEST), progress.update)
+    drawn |= {REAL: real_halves(drawn[name]), COPY: copying(drawn[name])}
+    measured = {system: measure(seen) for system, seen in drawn.items()}
+    summaries = {system: summary_of(drawn[system], measured[system]) for system in drawn}
+    references = {system: summaries.pop(system) for system in (REAL, COPY)}
+    result: dict[str, Any] = {
+        "protocol": header(
+            finished,
+            options,
+            int(specs.shape[0]),
+            "means with 95 % intervals over classes",
+            images=options.num_images,
+            critics=critics.header["weights_sha256"],
+        ),
+        "systems": summaries,
         "references": references,
-        "improvements": _improvements(name, advantage_of, trained),
+        "improvements": _improvements(name, {system: measured[system] for system in summaries}, trained),
         "notes": notes,
     }
-    result = jsonable(result)
-    (finished.run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (finished.run.path / "evaluation.md").write_text(markdown(result), encoding="utf-8")
+    result = write(finished, result, markdown)
     figure = report.measure_curves(panels(result), trained)
     report.save(figure, finished.run.figures / "adaptation_curve.png")
     strip = adaptation_strip(finished, family, data, options.part, jax.random.fold_in(key, STRIP))

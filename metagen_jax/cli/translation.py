@@ -1,6 +1,5 @@
 """The evaluation of translators: the error against the true translation of a drawing, over inner steps."""
 
-import json
 from typing import Any
 
 import jax
@@ -8,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagen_jax import baselines, build, report
-from metagen_jax.cli.protocol import STRIP_TASKS, TEST, Evaluate, baseline_systems, tasks_of
+from metagen_jax.cli.protocol import STRIP_TASKS, TEST, Evaluate, baseline_systems, header, num_query, tasks_of, write
 from metagen_jax.cli.runs import Finished, load_data
 from metagen_jax.cli.summary import FINE_TUNED, cell, interval
 from metagen_jax.evaluate import map_tasks
 from metagen_jax.models.cycle import CycleGan
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column, Line
-from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.translation import paired_queries
 from metagen_jax.types import Array, Key, Params, Task
 
@@ -27,7 +25,7 @@ def evaluate_translation(finished: Finished, built: CycleGan, options: Evaluate)
     """Evaluate, write evaluation.json, evaluation.md and the figures, and return what is in the first."""
     config, data = finished.config, load_data(finished)
     family = tasks_of(finished, data, options)
-    query = config.query if options.query is None else options.query
+    query = num_query(finished, options)
     key = jax.random.key(config.seed)
     specs = build.pairs_of_domains(family, options.classes or NUM_TASKS, jax.random.fold_in(key, TEST))
     truth = paired_queries(options.shots, query)
@@ -71,26 +69,19 @@ def evaluate_translation(finished: Finished, built: CycleGan, options: Evaluate)
     compared |= {other: entry["raw"][:, trained] for other, entry in results.items() if other != name}
     if FINE_TUNED in results:
         compared["joint, not adapted"] = results[FINE_TUNED]["raw"][:, 0]
-    result = jsonable(
-        {
-            "protocol": {
-                "part": options.part,
-                "data": config.data.source,
-                "classes": int(specs.shape[0]),
-                "shots": options.shots,
-                "query": query,
-                "trained_steps": trained,
-                "meta_steps": finished.step,
-                "unit": "mean absolute error per pixel to the true translation; 95 % intervals over pairs of domains",
-            },
-            "systems": {system: {k: v for k, v in entry.items() if k != "raw"} for system, entry in results.items()},
-            "references": {UNTRANSLATED: {"steps": [0], "error": [interval(untranslated)]}},
-            "improvements": {other: interval(values - run) for other, values in compared.items()},
-            "notes": notes,
-        }
-    )
-    (finished.run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (finished.run.path / "evaluation.md").write_text(markdown(result), encoding="utf-8")
+    result: dict[str, Any] = {
+        "protocol": header(
+            finished,
+            options,
+            int(specs.shape[0]),
+            "mean absolute error per pixel to the true translation; 95 % intervals over pairs of domains",
+        ),
+        "systems": {system: {k: v for k, v in entry.items() if k != "raw"} for system, entry in results.items()},
+        "references": {UNTRANSLATED: {"steps": [0], "error": [interval(untranslated)]}},
+        "improvements": {other: interval(values - run) for other, values in compared.items()},
+        "notes": notes,
+    }
+    result = write(finished, result, markdown)
     lines = [
         Line(system, entry["steps"], *([at[field] for at in entry["error"]] for field in ("mean", "low", "high")))
         for system, entry in {**result["systems"], **result["references"]}.items()

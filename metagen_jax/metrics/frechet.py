@@ -13,6 +13,8 @@ images, not of Inception, so values compare only under the same critic.
 
 import numpy as np
 
+from metagen_jax.metrics.features import checked_pair
+
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Return the Frechet distance of two sets of features.
@@ -32,16 +34,9 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
         >>> frechet_distance(real, real + 3.0)
         9.0
     """
-    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"expected features [N, D] and [M, D] of one critic, got {list(real.shape)} and {list(generated.shape)}"
-        )
+    real, generated = checked_pair(real, generated)
     if len(real) < 2 or len(generated) < 2:
         raise ValueError(f"a covariance needs at least 2 images of each kind, got {len(real)} and {len(generated)}")
-    for kind, features in (("real", real), ("generated", generated)):
-        if bad := int((~np.isfinite(features)).any(1).sum()):
-            raise ValueError(f"{bad} of {len(features)} {kind} images have features that are not finite; find out why")
     covariances = [np.cov(features, rowvar=False).reshape(real.shape[1], -1) for features in (real, generated)]
     first, second = (_root(covariance) for covariance in covariances)
     between = np.square(real.mean(0) - generated.mean(0)).sum()

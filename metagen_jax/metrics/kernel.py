@@ -11,6 +11,8 @@ those of Inception.
 
 import numpy as np
 
+from metagen_jax.metrics.features import checked_pair
+
 CHUNK = 1000  # rows of a kernel matrix that are held at a time
 
 
@@ -31,16 +33,9 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
         >>> kernel_distance(np.array([[1.0], [1.0]]), np.array([[0.0], [0.0]]))
         7.0
     """
-    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"expected features [N, D] and [M, D] of one critic, got {list(real.shape)} and {list(generated.shape)}"
-        )
+    real, generated = checked_pair(real, generated)
     if len(real) < 2 or len(generated) < 2:
         raise ValueError(f"pairs need at least 2 images of each kind, got {len(real)} and {len(generated)}")
-    for kind, features in (("real", real), ("generated", generated)):
-        if bad := int((~np.isfinite(features)).any(1).sum()):
-            raise ValueError(f"{bad} of {len(features)} {kind} images have features that are not finite; find out why")
     return _distance(real, generated)
 
 

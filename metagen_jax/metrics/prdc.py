@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metagen_jax.metrics.features import checked_pair
+
 CHUNK = 500  # rows of a distance matrix that are held at a time
 
 
@@ -69,19 +71,12 @@ def prdc_rows(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 5) -
     Raises:
         ValueError: as `prdc`.
     """
-    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"expected features [N, D] and [M, D] of one critic, got {list(real.shape)} and {list(generated.shape)}"
-        )
+    real, generated = checked_pair(real, generated)
     if neighbours < 1 or min(len(real), len(generated)) <= neighbours:
         raise ValueError(
             f"{neighbours} neighbours (at least 1) need more than {neighbours} images of each kind, got {len(real)} "
             f"and {len(generated)}; ask for fewer neighbours or give more images"
         )
-    for kind, features in (("real", real), ("generated", generated)):
-        if bad := int((~np.isfinite(features)).any(1).sum()):
-            raise ValueError(f"{bad} of {len(features)} {kind} images have features that are not finite; find out why")
     centre = real.mean(0)  # distances do not change, and lose fewer digits
     real, generated = real - centre, generated - centre
     real_radius, generated_radius = _radii(real, neighbours), _radii(generated, neighbours)

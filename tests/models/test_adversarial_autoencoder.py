@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import EVENT, finite_difference, flat, image_task
+from problems import EVENT, agree_with_finite_differences, flat, image_task
 
 import metagen_jax as mg
 from metagen_jax.models.adversarial import least_squares
@@ -110,24 +110,9 @@ def test_the_meta_gradient_of_every_player_equals_finite_differences_of_its_own_
     _agree(lambda meta: field(meta, jax.random.key(2), task), meta, 1e-5)
 
 
-def _loss(metrics, player):
-    """Return a player's loss, which is named after it or after the one that it shares it with."""
-    names = (player,) if player == "discriminator" else ("encoder", "decoder")
-    return next(metrics[f"loss/{name}"] for name in names if f"loss/{name}" in metrics)
-
-
 def _agree(field, params, rtol):
-    """Compare each player's direction with finite differences of that player's loss, as the field reports it."""
-    direction, _ = field(params)
-    rng = np.random.default_rng(0)
-    along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
-    assert set(direction) == set(params) == set(PLAYERS)
-    for player in PLAYERS:
-        only = {name: jax.tree.map(lambda leaf, on=name == player: on * leaf, tree) for name, tree in along.items()}
-        slope = flat(direction[player]) @ flat(only[player])
-        assert abs(slope) > 1e-4
-        expected = finite_difference(lambda params, player=player: _loss(field(params)[1], player), params, only)
-        np.testing.assert_allclose(slope, expected, rtol=rtol)
+    assert set(params) == set(PLAYERS)
+    agree_with_finite_differences(field, params, rtol, partners=("encoder", "decoder"))
 
 
 def test_padding_changes_nothing(x64):
