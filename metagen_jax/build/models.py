@@ -1,0 +1,155 @@
+"""From a configuration to a model, and what its players are to a learner."""
+
+from typing import NamedTuple
+
+from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, given
+from metagen_jax.models.adversarial import LOSSES, AdversarialLoss, Penalty, gradient_penalty, r1_penalty
+from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder, adversarial_autoencoder
+from metagen_jax.models.bidirectional import BidirectionalGan, bidirectional_gan
+from metagen_jax.models.cycle import CycleGan, cycle_gan
+from metagen_jax.models.gan import Gan, Terms, gan
+from metagen_jax.models.likelihoods import Likelihood, bernoulli, gaussian
+from metagen_jax.models.networks import Network, Normalisation, conv_decoder, conv_encoder, gelu, leaky_relu, mlp
+from metagen_jax.models.presets import conv_gan, mlp_gan
+from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
+
+Event = tuple[int, int, int]
+Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan
+
+
+class Roles(NamedTuple):
+    """What a model's players are to a learner."""
+
+    players: tuple[str, ...]  # all of them
+    fast: tuple[str, ...]  # that tolerate, and need, far larger inner rates than network weights
+    head: tuple[str, ...]  # that ANIL moves
+    joint: tuple[str, ...]  # that ordinary training learns: a context that no task moves would add nothing
+    tuned: tuple[str, ...]  # that fine-tuning moves
+    turns: tuple[tuple[str, ...], ...]  # the sides of the game, in the order in which they move
+
+
+def model(config: TrainConfig, event: Event, binary: bool) -> Built:
+    """Return the generative model for images of this shape.
+
+    Raises:
+        ValueError: a Bernoulli likelihood for images that are not binary, or sizes that do not fit together.
+    """
+    network, game = config.network, config.adversarial
+    if config.model == "vae":
+        encoder, decoder = _pair(network, event, 2 * network.latents)
+        likelihood = _likelihood(network, binary)
+        return vae(encoder, decoder, likelihood, network.latents, beta=network.beta, context=network.context)
+    if config.model == "gan":
+        return _gan(config, event)
+    if config.model == "cycle":
+        return cycle_gan(
+            _translator(network, event),
+            _translator(network, event),
+            _judge(network, event),
+            _judge(network, event),
+            _loss(game),
+            cycle_weight=game.cycle_weight,
+            identity_weight=game.identity_weight,
+            penalty=_penalty(game),
+        )
+    encoder, decoder = _pair(network, event, network.latents, leaky=True)
+    if config.model == "aae":
+        judge = mlp((network.latents,), game.discriminator or network.hidden, (1,), activation=leaky_relu)
+        return adversarial_autoencoder(
+            encoder, decoder, judge, _likelihood(network, binary), network.latents, weight=game.weight, loss=_loss(game)
+        )
+    pixels = event[0] * event[1] * event[2]
+    judge = mlp((pixels + network.latents,), game.discriminator or network.hidden, (1,), activation=leaky_relu)
+    return bidirectional_gan(encoder, decoder, judge, network.latents, form=game.form)
+
+
+def roles(config: TrainConfig, built: Built) -> Roles:
+    """Return the roles of a model's players."""
+    if isinstance(built, Vae):
+        players: tuple[str, ...] = WITH_CONTEXT if config.network.context else PLAYERS
+        fast: tuple[str, ...] = ("prior", "context") if config.network.context else ("prior",)
+        learned = ("encoder", "decoder", "head", "modulation")
+        return Roles(players, fast, ("prior",), learned, (*learned, "prior"), (players,))
+    if isinstance(built, Gan):
+        sides = (built.discriminator, built.generator)
+        players = (*built.generator, *built.discriminator)
+        contexts = tuple(player for side in sides for player in side if player.endswith("_context"))
+        head = tuple(player for side in sides for player in side if player.endswith("_head"))
+        still = ("_context", "_maps", "_encoder")
+        joint = tuple(player for player in players if not player.endswith(still))
+        return Roles(players, contexts, head, joint, joint, sides)
+    if isinstance(built, CycleGan):
+        sides = (("discriminator_a", "discriminator_b"), ("forward", "backward"))
+    elif isinstance(built, AdversarialAutoencoder):
+        sides = (("discriminator",), ("encoder", "decoder"))
+    else:
+        sides = (("discriminator",), ("encoder", "generator"))
+    players = (*sides[1], *sides[0])
+    return Roles(players, (), sides[1][1:], players, players, sides)
+
+
+def _gan(config: TrainConfig, event: Event) -> Gan:
+    network, game = config.network, config.adversarial
+    if game.preset:
+        generator, discriminator = (mlp_gan if network.network == "mlp" else conv_gan)(event, network.latents)
+    else:
+        generator, discriminator = _decoder(network, event, leaky=True), _judge(network, event, game.discriminator)
+    encoder = None
+    if config.learner == "amortised":
+        encoder = _encoder(network, event, network.context, leaky=True)
+    terms = Terms(_penalty(game), game.mode_seeking, game.made_per_real)
+    loss = _loss(game)
+    return gan(generator, discriminator, loss, network.latents, terms=terms, context=network.context, encoder=encoder)
+
+
+def _pair(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> tuple[Network, Network]:
+    return _encoder(config, event, num_outputs, leaky=leaky), _decoder(config, event, leaky=leaky)
+
+
+def _encoder(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> Network:
+    activation = leaky_relu if leaky else gelu
+    if config.network == "mlp":
+        return mlp(event, config.hidden, (num_outputs,), activation=activation)
+    return conv_encoder(event, config.hidden, num_outputs, activation=activation, window=3 if leaky else 4)
+
+
+def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Network:
+    activation = leaky_relu if leaky else gelu
+    normalisation: Normalisation = "layer" if leaky else "none"
+    if config.network == "mlp":
+        return mlp(
+            (config.latents,), config.hidden[::-1], event, activation=activation, normalisation=normalisation
+        )
+    dense = (4 * config.hidden[-1],) if leaky else ()
+    return conv_decoder(
+        config.latents, config.hidden, event, activation=activation, normalisation=normalisation, dense=dense
+    )
+
+
+def _judge(config: ModelConfig, event: Event, hidden: tuple[int, ...] = ()) -> Network:
+    sizes = hidden or config.hidden
+    if config.network == "mlp":
+        return mlp(event, sizes, (1,), activation=leaky_relu)
+    return conv_encoder(event, sizes, 1, activation=leaky_relu, window=3)
+
+
+def _translator(config: ModelConfig, event: Event) -> Network:
+    if config.network != "mlp":
+        raise ValueError("the translators of the cycle model are dense so far; use --network.network mlp")
+    return mlp(event, config.hidden, event, activation=leaky_relu, normalisation="layer")
+
+
+def _likelihood(config: ModelConfig, binary: bool) -> Likelihood:
+    if config.likelihood == "bernoulli" and not binary:
+        raise ValueError("a Bernoulli likelihood needs binary images, and these have greys; use gaussian, or auto")
+    return bernoulli() if config.likelihood == "bernoulli" or (config.likelihood == "auto" and binary) else gaussian()
+
+
+def _loss(config: AdversarialConfig) -> AdversarialLoss:
+    return LOSSES[given(config.loss)]()
+
+
+def _penalty(config: AdversarialConfig) -> Penalty | None:
+    if config.penalty == "gradient":
+        return gradient_penalty(config.penalty_weight)
+    return r1_penalty(config.penalty_weight) if config.penalty == "r1" else None
