@@ -71,14 +71,14 @@ LIKELIHOOD = Candidates(
 """For losses in nats summed over pixels."""
 
 
-def game_candidates(role: build.Roles) -> Candidates:
-    """Return the candidates for games, whose losses are of the order of one."""
-    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+def game_candidates(config: TrainConfig, role: build.Roles) -> Candidates:
+    """Return the candidates for games, whose losses are of the order of one but for an autoencoder's, in nats."""
+    rates, of_sgd = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (0.1 if config.model == "aae" else 10)
     small = tuple(player for player in role.tuned if player.endswith(("_modulation", "_head")))
     of_small = (Rule("adam", rate, small) for rate in (3e-3, 1e-2, 3e-2)) if small else ()
     return Candidates(
-        (*(Rule("sgd", 10 * rate) for rate in rates), *(Rule("adam", rate) for rate in rates), *of_small),
-        tuple(Rule("sgd", 10 * rate) for rate in rates),
+        (*(Rule("sgd", of_sgd * rate) for rate in rates), *(Rule("adam", rate) for rate in rates), *of_small),
+        tuple(Rule("sgd", of_sgd * rate) for rate in rates),
         tuple(Rule("adam", rate) for rate in rates[1:]),
     )
 

@@ -16,6 +16,19 @@ SCHEMA = 2
 
 T = TypeVar("T")
 
+READS = {
+    "vae": (),
+    "gan": ("loss", "penalty", "penalty_weight", "mode_seeking", "made_per_real", "preset"),
+    "cycle": ("loss", "penalty", "penalty_weight", "cycle_weight", "identity_weight"),
+    "aae": ("loss", "weight"),
+    "bigan": ("form",),
+}
+"""Which of the adversarial settings a model reads, beside those that all games read."""
+ALL_GAMES = (
+    *("discriminator", "dynamics", "critic_steps", "shaping"),
+    *("ahead_rate", "unrolled_steps", "consensus_weight"),
+)
+
 Loss = Literal["saturating", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic_average"]
 
 
@@ -103,8 +116,8 @@ class InnerConfig:
     """gradient steps of the inner loop"""
     moves: tuple[str, ...] = ("auto",)
     """players that move inside, or all (an unknown name is answered with those there are); auto: context and prior
-    (vae), the contexts of both sides (gan), all where there is no context; except for anil (the prior of a vae, the
-    heads of a gan) and reptile (all)"""
+    (vae), the contexts of both sides (gan), all where there is no context; except for reptile (all) and anil (prior of
+    a vae, heads of a gan, translators of cycle, decoder of aae, discriminator and generator of bigan)"""
     rates: Literal["auto", "fixed", "per_step", "per_element_and_step", "per_parameter"] = "auto"
     """auto: learned per element and step, except for reptile and joint (fixed) and meta_sgd (per parameter)"""
     rate: float = 1e-3
@@ -186,6 +199,7 @@ def check(config: TrainConfig) -> TrainConfig:
     """Return the configuration, resolved, or raise `ValueError` with the nearest names or the number that is off."""
     known("learner", config.learner, LEARNERS)
     known("model", config.model, MODELS)
+    _check_read(config)
     config = resolve(config)
     game = config.adversarial
     positive = {
@@ -225,6 +239,20 @@ def check(config: TrainConfig) -> TrainConfig:
     if not 0 <= config.shots[0] <= config.shots[1]:
         raise ValueError(f"shots must be (smallest, largest) with 0 <= smallest <= largest, got {config.shots}")
     return config
+
+
+def _check_read(config: TrainConfig) -> None:
+    """Refuse a setting that the model would not read, rather than ignore it."""
+    read = (*READS[config.model], *(ALL_GAMES if config.model != "vae" else ()))
+    filled = resolve(config).adversarial  # a configuration that was resolved before has these instead of None
+    plain = resolve(dataclasses.replace(config, adversarial=AdversarialConfig())).adversarial
+    for field in dataclasses.fields(AdversarialConfig):
+        value = getattr(filled, field.name)
+        if field.name not in read and value != getattr(plain, field.name):
+            models = [model for model, names in READS.items() if field.name in names] or ["every game"]
+            raise ValueError(
+                f"adversarial.{field.name}={value} means nothing to {config.model}; it is read by {', '.join(models)}"
+            )
 
 
 def given(value: T | None) -> T:

@@ -10,8 +10,8 @@ With F the field of a game (each player's loss differentiated in its own paramet
 | consensus     | x <- x - a (F(x) + w d/dx |F(x)|^2 / 2): the field, and a pull towards where it vanishes   |
 | unrolled      | a player's loss is judged against rivals that have taken k steps of their own              |
 
-On the bilinear game L_x = x y, L_y = -x y, simultaneous steps grow by sqrt(1 + a^2) a step, alternating ones stay
-bounded, extragradient and consensus shrink.
+On the bilinear game L_x = x y, L_y = -x y, simultaneous steps grow by sqrt(1 + a^2) a step and alternating ones stay
+bounded; extragradient shrinks if b > a / 2 (for small rates), and so does consensus if w > a / 2.
 
 A *dynamics* is a function (game, players) -> field, or -> a tuple of fields that take turns in each inner step; every
 learner takes one. `in_turns` is the alternation for any optax loop, the outer one for instance.
@@ -247,7 +247,12 @@ def _groups(turns: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:
 
 def _step(params: Params, directions: Params, rate: Rate) -> Params:
     def of(name: str) -> float:
-        return rate[name] if isinstance(rate, Mapping) else rate
+        if not isinstance(rate, Mapping):
+            return rate
+        owner = name if name in rate else name.rsplit("/", 1)[0]
+        if owner not in rate:
+            raise ValueError(f"the steps ahead have no rate for {name!r}, only for {sorted(rate)}; give it one")
+        return rate[owner]
 
     return {
         name: jax.tree.map(lambda leaf, d, a=of(name): leaf - a * d, params[name], tree)

@@ -64,6 +64,8 @@ class Drawn(NamedTuple):
     real: dict[str, np.ndarray]  # space -> [C, Q, D], of images outside the support
     support: dict[str, np.ndarray]  # space -> [C, N, D]
     log_probabilities: np.ndarray  # [C, S, JUDGED, K] of training classes, for the first samples
+    real_log_probabilities: np.ndarray  # [C, JUDGED, K] for the first real images (fewer if there are)
+    support_log_probabilities: np.ndarray  # [C, JUDGED, K] for the first support images (fewer if there are)
 
 
 Draw = Callable[[Params, Critics, Spec, Key, Callable[[int], None]], Drawn]
@@ -111,7 +113,8 @@ def drawer(
             images = sample(params, jax.random.clone(sample_key), num_samples)
             return *look(images), class_log_probabilities(both["classifier"], images[:JUDGED])
 
-        return *jax.lax.map(at_step, params), *look(task.query.x), *look(task.support.x)
+        judged = (class_log_probabilities(both["classifier"], each.x[:JUDGED]) for each in (task.query, task.support))
+        return *jax.lax.map(at_step, params), *look(task.query.x), *look(task.support.x), *judged
 
     many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)))
 
@@ -121,7 +124,7 @@ def drawer(
         both = {"meta": meta, "classifier": critics.classifier, "contrastive": critics.contrastive}
         values = map_tasks(many, both, family.data, specs, key, 1, task_chunk, on_chunk)
         made, real, support = (dict(zip(SPACES, values[first : first + 2], strict=True)) for first in (0, 3, 5))
-        return Drawn(chosen, made, real, support, values[2])
+        return Drawn(chosen, made, real, support, values[2], *values[7:])
 
     return draw
 
@@ -199,17 +202,20 @@ def copying(drawn: Drawn) -> Drawn:
         return support[:, None, np.arange(count) % support.shape[1]]
 
     made = {space: repeat(drawn.support[space]) for space in SPACES}
-    return drawn._replace(steps=np.array([0]), made=made, log_probabilities=drawn.log_probabilities[:, :1])
+    return drawn._replace(steps=np.array([0]), made=made, log_probabilities=drawn.support_log_probabilities[:, None])
 
 
 def real_halves(drawn: Drawn) -> Drawn:
-    """Return real images in the place of samples: half of those of each class, against the other half. The floor."""
+    """Return real images in the place of samples, half of those of each class against the other half: the floor.
+
+    Pooled distances depend on how many images there are, and here there are half as many; those within a class do not.
+    """
     half = drawn.real["classifier"].shape[1] // 2
     return drawn._replace(
         steps=np.array([0]),
         made={space: drawn.real[space][:, None, :half] for space in SPACES},
         real={space: drawn.real[space][:, half:] for space in SPACES},
-        log_probabilities=drawn.log_probabilities[:, :1],
+        log_probabilities=drawn.real_log_probabilities[:, None],
     )
 
 

@@ -74,7 +74,7 @@ def vector_field(game: Game, players: Sequence[str] | None = None) -> GradientFi
 
     Returns:
         A field: (params, key, batch) -> ({player: tree like params[player]}, metrics). The metrics are the game's and
-        the losses: `loss` where the moving players share one, otherwise `loss/<player>` for each.
+        the losses of those that move: `loss` in a game of one loss, otherwise `loss/<player>` for each.
 
     Raises:
         ValueError: a name given twice; when called, a player that the game does not score or that has no parameters.
@@ -113,10 +113,12 @@ def vector_field(game: Game, players: Sequence[str] | None = None) -> GradientFi
 
     def reverse(params: Params, key: Key, batch: Any) -> tuple[Params, Metrics]:
         groups: list[list[str]] = []
+        distinct: set[int] = set()
 
         def values(candidates: Params) -> tuple[list[Array], Metrics]:
             losses, metrics = game({**params, **candidates}, key, batch)
             groups[:] = grouped(params, losses)
+            distinct.update(id(loss) for loss in losses.values())
             return [losses[group[0]] for group in groups], metrics
 
         candidates = params if chosen is None else {name: params[name] for name in chosen if name in params}
@@ -127,7 +129,7 @@ def vector_field(game: Game, players: Sequence[str] | None = None) -> GradientFi
             (gradient,) = pull_back(one_hot)
             directions |= {name: gradient[name] for name in group}
         named = {f"loss/{group[0]}": loss for group, loss in zip(groups, losses, strict=True)}
-        named = named if len(groups) > 1 else {"loss": losses[0]}
+        named = named if len(distinct) > 1 else {"loss": losses[0]}
         return directions, jax.lax.stop_gradient({**metrics, **named})
 
     def forward(params: Params, key: Key, batch: Any) -> tuple[tuple[Params, Metrics], tuple[Params, Key, Any]]:

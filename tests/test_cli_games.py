@@ -34,11 +34,11 @@ def place(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("METAGEN_CACHE_DIR", str(root / "cache"))
     data, run = write_classes(root / "data"), root / "run"
-    critics = command("critics", "--data", data, *CRITICS)
+    critics = command("critics", "--data", data, "--out", root / "critics.npz", *CRITICS)
     assert critics.code == 0, critics.err
     trained = command("train", "reptile", "gan", "--data", data, "--out", run, *TINY)
     assert trained.code == 0, trained.err
-    evaluated = command("evaluate", run, *EVALUATE)
+    evaluated = command("evaluate", run, "--critics", root / "critics.npz", *EVALUATE)
     assert evaluated.code == 0, evaluated.err
     yield SimpleNamespace(root=root, data=data, run=run, critics=critics, trained=trained, evaluated=evaluated)
     patch.undo()
@@ -76,7 +76,12 @@ def test_every_measure_is_reported_for_every_system_and_step_beside_copies_and_r
     copies = result["references"][samples.COPY]
     assert copies["memorisation"][0]["mean"] == pytest.approx(0, abs=1e-6)
     assert copies["copies"][0]["mean"] == 1.0
-    assert result["protocol"]["critics"] in place.critics.out
+    assert result["protocol"]["critics"]["weights_sha256"] in place.critics.out
+    assert result["protocol"]["critics"]["config"]["channels"] == 2
+    scores = [
+        result["references"][name]["pooled"]["inception_score"][0]["mean"] for name in (samples.REAL, samples.COPY)
+    ]
+    assert scores[0] != scores[1]
 
 
 def test_improvements_are_paired_differences_after_the_trained_number_of_steps(place):
@@ -102,12 +107,18 @@ def test_the_printed_tables_are_the_markdown_file(place):
 
 
 def test_critics_are_kept_and_found_again_and_never_used_for_other_training_classes(place, tmp_path):
-    again = command("critics", "--data", place.data, *CRITICS)
+    path = place.root / "critics.npz"
+    again = command("critics", "--data", place.data, "--out", path, *CRITICS)
     assert again.code == 0
     assert "is there already" in again.out
-    (path,) = (place.root / "cache").glob("critics-*.npz")
-    other = command("critics", "--data", place.data, "--hold-out", "", "--out", path, *CRITICS)
+    other_data = write_classes(tmp_path / "other", num_classes=12, seed=5)
+    other = command("critics", "--data", other_data, "--out", path, *CRITICS)
     assert other.code == 2
+    assert "trained on other images" in other.err
+    cached = command("critics", "--data", place.data, *CRITICS)
+    assert cached.code == 0
+    (kept,) = (place.root / "cache").glob("critics-*.npz")
+    assert str(kept) in cached.out
     named = command("critics", "--data", place.data, "--out", tmp_path / "c.txt")
     assert (named.code, named.err) == (2, f"metagen: --out must be a .npz file, got {tmp_path / 'c.txt'}\n")
 
@@ -115,7 +126,7 @@ def test_critics_are_kept_and_found_again_and_never_used_for_other_training_clas
 def test_metrics_of_a_game_have_both_sides_and_the_monitors(place):
     records = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]
     warm, meta = records
-    assert {"loss/generator", "loss/discriminator", "spread_ratio", "loss_share"} <= set(warm)
+    assert {"loss/generator", "loss/discriminator", "spread_ratio", "real_above_made", "loss_share"} <= set(warm)
     assert {"support/loss/generator", "support/loss/discriminator", "support/spread_ratio"} <= set(meta)
     assert len(meta["support/loss/generator"]) == 2
 
@@ -172,6 +183,11 @@ def test_a_translator_is_trained_and_its_error_measured_against_the_truth(place,
         (["amortised", "vae"], "needs a model that reads its support, so far gan; got vae"),
         (["amortised", "gan", "--network.context", "0"], "needs context > 0"),
         (["maml", "cycle", "--network.network", "conv"], "dense so far"),
+        (
+            ["maml", "bigan", "--adversarial.penalty", "r1"],
+            "adversarial.penalty=r1 means nothing to bigan; it is read by",
+        ),
+        (["maml", "vae", "--adversarial.critic-steps", "3"], "means nothing to vae; it is read by every game"),
     ],
 )
 def test_games_that_cannot_be_built_are_refused_and_no_run_is_made(place, tmp_path, monkeypatch, arguments, message):
@@ -195,6 +211,9 @@ def test_domains_are_not_made_from_procedural_data(tmp_path, monkeypatch):
         (["--num-images", "3"], "at least 6, got 3"),
         (["--query", "0"], "--query must be"),
         (["--query", "3"], "at least 4 held-out images of each class, got 3"),
+        (["--classes", "2"], "need more than 2 test classes of 4 held-out images"),
+        (["--shots", "0"], "needs --shots of at least 1"),
+        (["--critics", "no/such.npz"], "is not a critics file"),
     ],
 )
 def test_evaluating_samples_refuses_settings_that_cannot_be_met(place, options, message):
@@ -206,7 +225,7 @@ def test_evaluating_samples_refuses_settings_that_cannot_be_met(place, options, 
 # Monitors
 
 QUIET = {"num_nonfinite": 0, "bad_inner_step": -1, "bad_task": -1}
-HEALTHY = QUIET | {"spread_ratio": 0.9, "loss_share": 0.4, "real_score": 1.0, "made_score": -1.0}
+HEALTHY = QUIET | {"spread_ratio": 0.9, "real_above_made": 0.8, "real_score": 1.0, "made_score": -1.0}
 
 
 def test_a_healthy_game_is_not_warned_of():
@@ -217,8 +236,8 @@ def test_a_healthy_game_is_not_warned_of():
     ("change", "kind", "words"),
     [
         ({"spread_ratio": 0.05}, "collapse", "vary 0.05 times as much as real ones"),
-        ({"loss_share": 0.001}, "one-sided", "the discriminator has won"),
-        ({"loss_share": 0.999}, "one-sided", "the generator has won"),
+        ({"real_above_made": 1.0}, "one-sided", "the discriminator has won"),
+        ({"real_above_made": 0.1}, "one-sided", "the generator has won"),
         ({"real_score": 5000.0}, "runaway", "scores have grown to 5000"),
     ],
 )
@@ -252,7 +271,9 @@ def test_the_learning_curve_of_a_game_has_a_panel_for_the_spread_of_samples():
 def test_a_run_without_baselines_is_measured_against_its_own_step_0(place):
     finished = load(place.run)
     before = {name: (place.run / name).read_bytes() for name in ("evaluation.json", "evaluation.md")}
-    result = evaluate_run(finished, Evaluate(place.run, shots=2, num_images=6, baselines=False))
+    result = evaluate_run(
+        finished, Evaluate(place.run, shots=2, num_images=6, baselines=False, critics=place.root / "critics.npz")
+    )
     assert list(result["systems"]) == ["reptile (gan)"]
     assert set(result["improvements"]) == {"its own step 0"}
     for name, content in before.items():

@@ -274,6 +274,7 @@ def test_a_rule_in_turns_is_an_outer_rule_of_meta_training():
         (lambda: alternating(["y"])(game, ["x"]), "leave no move"),
         (lambda: extragradient(mg.vector_field(game), 0.0), "must be positive, got 0"),
         (lambda: extragradient(mg.vector_field(game), {"x": 0.1, "y": -1.0}), "must be positive"),
+        (lambda: _walk(extragradient(mg.vector_field(game), {"x": 0.1}), 1), "no rate for 'y', only for"),
         (lambda: consensus(mg.vector_field(game), -0.1), "at least 0, got -0.1"),
         (lambda: unrolled(game, ["x"], ["x", "y"], 2, 0.1), "rivals that are not among the players"),
         (lambda: unrolled(game, ["x"], ["y"], -1, 0.1), "num_steps=-1"),

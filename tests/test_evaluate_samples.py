@@ -21,6 +21,7 @@ from metagen_jax.evaluate_samples import (
 from metagen_jax.metrics.frechet import frechet_distance
 from metagen_jax.metrics.kernel import kernel_distances
 from metagen_jax.metrics.prdc import prdc
+from metagen_jax.metrics.recognition import inception_score
 
 SPECS = jnp.arange(6)[:, None]
 STEPS = (0, 1, 3)
@@ -61,6 +62,7 @@ def test_what_is_drawn_has_a_row_for_every_class_step_and_image(parts):
     assert drawn.real["contrastive"].shape == (6, 8, 4)
     assert drawn.support["classifier"].shape == (6, 5, 4)
     assert drawn.log_probabilities.shape == (6, 3, 4, 6)
+    assert drawn.real_log_probabilities.shape == drawn.support_log_probabilities.shape == (6, 4, 6)
 
 
 def test_features_are_those_of_the_samples_after_each_step_with_the_same_noise(parts):
@@ -117,7 +119,12 @@ def test_copying_is_recognised_as_copying_and_real_images_as_real(parts):
     np.testing.assert_allclose(copies["copies"], 1.0)
     assert copies["kid"].shape == real["kid"].shape == (6, 1)
     assert 0.6 < real["memorisation"].mean() < 1.5
-    assert abs(real["kid"].mean()) < copies["kid"].mean() + 0.5
+    scores = [measure_pooled(make(parts[3]))["inception_score"][0, 0] for make in (copying, real_halves)]
+    expected = [
+        inception_score(logs.reshape(-1, 6))
+        for logs in (parts[3].support_log_probabilities, parts[3].real_log_probabilities)
+    ]
+    np.testing.assert_allclose(scores, expected)
     assert real["copies"].mean() < 0.3
 
 

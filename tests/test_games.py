@@ -96,3 +96,9 @@ def test_union_has_the_rows_of_both_sets():
     both = union(points([[1.0], [2.0]]), points([[3.0]]))
     assert both.x.ravel().tolist() == [1.0, 2.0, 3.0]
     assert both.weight.shape == (3,)
+
+
+def test_the_loss_of_one_side_of_a_game_keeps_its_player_s_name():
+    params = {"x": jnp.array(0.7), "y": jnp.array(-1.3)}
+    _, metrics = vector_field(bilinear(), ["y"])(params, jax.random.key(0), points([[0.2]]))
+    assert set(metrics) == {"cross", "loss/y"}

@@ -176,15 +176,10 @@ def _inner_loop(
                 updates, state = rule.update(direction, states[group], here)
                 moving = {**moving, **optax.apply_updates(here, updates)}
                 states = {**states, group: state}
-                trace |= _named(metrics, group[0]) if len(together) > 1 else metrics
+                trace |= metrics
         return (moving, states), trace
 
     return params, (moving, states), step
-
-
-def _named(metrics: Metrics, player: str) -> Metrics:
-    """Return a turn's metrics with its loss under its player's name, so that no turn hides another's."""
-    return {f"loss/{player}" if name == "loss" else name: value for name, value in metrics.items()}
 
 
 def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str) -> tuple[Carry, Metrics]:

@@ -79,7 +79,10 @@ def dynamics(config: AdversarialConfig, role: Roles) -> Dynamics:
             return extragradient(vector_field(game, players), config.ahead_rate)
         if config.dynamics == "consensus":
             return consensus(vector_field(game, players), config.consensus_weight)
-        return vector_field(unrolled(game, makers, rivals, config.unrolled_steps, config.ahead_rate), players)
+        foreseen = [rival for rival in rivals if players is None or rival in players]
+        if not foreseen:
+            raise ValueError("unrolled dynamics foresee the discriminator's moves, so some player of it has to move")
+        return vector_field(unrolled(game, makers, foreseen, config.unrolled_steps, config.ahead_rate), players)
 
     return play
 

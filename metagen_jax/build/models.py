@@ -45,8 +45,8 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
         return cycle_gan(
             _translator(network, event),
             _translator(network, event),
-            _judge(network, event),
-            _judge(network, event),
+            _judge(network, event, game.discriminator),
+            _judge(network, event, game.discriminator),
             _loss(game),
             cycle_weight=game.cycle_weight,
             identity_weight=game.identity_weight,
@@ -79,13 +79,13 @@ def roles(config: TrainConfig, built: Built) -> Roles:
         joint = tuple(player for player in players if not player.endswith(still))
         return Roles(players, contexts, head, joint, joint, sides)
     if isinstance(built, CycleGan):
-        sides = (("discriminator_a", "discriminator_b"), ("forward", "backward"))
+        sides, head = (("discriminator_a", "discriminator_b"), ("forward", "backward")), ("forward", "backward")
     elif isinstance(built, AdversarialAutoencoder):
-        sides = (("discriminator",), ("encoder", "decoder"))
-    else:
-        sides = (("discriminator",), ("encoder", "generator"))
+        sides, head = (("discriminator",), ("encoder", "decoder")), ("decoder",)
+    else:  # a generator alone would not see the support
+        sides, head = (("discriminator",), ("encoder", "generator")), ("discriminator", "generator")
     players = (*sides[1], *sides[0])
-    return Roles(players, (), sides[1][1:], players, players, sides)
+    return Roles(players, (), head, players, players, sides)
 
 
 def _gan(config: TrainConfig, event: Event) -> Gan:
@@ -117,9 +117,7 @@ def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Netwo
     activation = leaky_relu if leaky else gelu
     normalisation: Normalisation = "layer" if leaky else "none"
     if config.network == "mlp":
-        return mlp(
-            (config.latents,), config.hidden[::-1], event, activation=activation, normalisation=normalisation
-        )
+        return mlp((config.latents,), config.hidden[::-1], event, activation=activation, normalisation=normalisation)
     dense = (4 * config.hidden[-1],) if leaky else ()
     return conv_decoder(
         config.latents, config.hidden, event, activation=activation, normalisation=normalisation, dense=dense

@@ -5,6 +5,7 @@ They see the training classes of a source only, and are kept in the user's cache
 """
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 from typing import Literal
@@ -48,7 +49,7 @@ def run(arguments: TrainCritics) -> None:
     """Carry out the command."""
     a = arguments
     data = build.parts(DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size))
-    path = critics_path(data) if a.out is None else a.out
+    path = critics_path(data, a.network) if a.out is None else a.out
     if path.suffix != ".npz":
         raise ValueError(f"--out must be a .npz file, got {path}")
     if path.exists() and not a.again:
@@ -59,21 +60,24 @@ def run(arguments: TrainCritics) -> None:
     print(f"{path}: sha256 of the weights {critics.header['weights_sha256']}")
 
 
-def critics_for(data: Parts) -> Critics:
-    """Return the critics of these training classes: from the cache, or trained now and kept there.
+def critics_for(data: Parts, chosen: Path | None = None) -> Critics:
+    """Return the critics of these training classes: from a file, from the cache, or trained now and kept there.
 
     Raises:
-        ValueError: the file in the cache is damaged.
+        ValueError: no such file, one that is damaged, or critics of other training classes.
     """
+    if chosen is not None:
+        return load(chosen, training_images(data))
     path = critics_path(data)
     return load(path, training_images(data)) if path.exists() else _train(data, path, CriticConfig())
 
 
-def critics_path(data: Parts) -> Path:
-    """Return the file in the cache that belongs to the training classes."""
+def critics_path(data: Parts, config: CriticConfig = CriticConfig()) -> Path:
+    """Return the file in the cache that belongs to the training classes and to how critics are trained."""
     images = training_images(data)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", images.name).strip("-.")
-    return directory() / f"critics-{name}-{digest(images)[:12]}.npz"
+    how = hashlib.sha256(repr(config).encode()).hexdigest()[:6]
+    return directory() / f"critics-{name}-{digest(images)[:12]}-{how}.npz"
 
 
 def training_images(data: Parts) -> ImageSet:

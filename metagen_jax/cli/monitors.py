@@ -7,7 +7,8 @@ import numpy as np
 from metagen_jax.types import Metrics
 
 COLLAPSED = 0.25  # of the spread of real images, below which a generator has collapsed
-WON = 0.01  # share of the two losses, below which a side has won
+WON = 0.99  # share of pairs of a real and a made example that the discriminator tells apart, above which it has won
+LOST = 0.2  # and below which the generator has
 RUNAWAY = 1e3  # mean score above which a game diverges
 
 
@@ -49,18 +50,19 @@ def _warnings_of_a_game(step: int, record: dict[str, Any]) -> dict[str, str]:
         return value if isinstance(value, float) and np.isfinite(value) else None
 
     found = {}
-    spread, share = at("spread_ratio"), at("loss_share")
-    scores = [abs(value) for name in ("real_score", "made_score") if (value := at(name)) is not None]
+    spread, told = at("spread_ratio"), at("real_above_made")
+    names = {name.removeprefix("support/") for name in record}
+    scores = [abs(value) for name in sorted(names) if "_score" in name and (value := at(name)) is not None]
     if spread is not None and spread < COLLAPSED:
         found["collapse"] = (
             f"before meta-step {step}, the generator's images vary {spread:.2f} times as much as real ones: it "
             "has collapsed onto few images; try --adversarial.mode-seeking 0.1, smaller inner rates, more critic steps"
         )
-    if share is not None and not WON < share < 1 - WON:
-        side, other = ("discriminator", "generator") if share <= WON else ("generator", "discriminator")
+    if told is not None and not LOST <= told <= WON:
+        side, other = ("discriminator", "generator") if told > WON else ("generator", "discriminator")
         found["one-sided"] = (
-            f"before meta-step {step}, the {side} has won: its share of the two losses is {min(share, 1 - share):.3f}, "
-            f"and the {other} has little left to learn from; try another --adversarial.loss, a penalty, or other rates"
+            f"before meta-step {step}, the {side} has won: {100 * told:.0f} % of real examples score above made ones; "
+            f"the {other} has little to learn from; try another --adversarial.loss, a penalty, or other rates"
         )
     if scores and max(scores) > RUNAWAY:
         found["runaway"] = (

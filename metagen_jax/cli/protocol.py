@@ -18,6 +18,7 @@ from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished
 from metagen_jax.cli.summary import FINE_TUNED
 from metagen_jax.cli.train import held_out
+from metagen_jax.config import TrainConfig
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column
@@ -46,6 +47,8 @@ class Evaluate:
     """importance samples of the table's IWAE; 1000 for figures that are reported (models with a likelihood)"""
     num_images: int = 16
     """images made for each class at each step, which are compared with real ones (models without a likelihood)"""
+    critics: Path | None = None
+    """critics to measure samples with, a file of `metagen critics --out`; those in the cache if not given"""
     classes: int | None = None
     """evaluate on so many classes only, evenly spread"""
     joint_steps: int | None = None
@@ -86,7 +89,7 @@ def header(finished: Finished, options: Evaluate, num_classes: int, unit: str, *
         "classes": num_classes,
         "shots": options.shots,
         "query": num_query(finished, options),
-        "trained_steps": config.inner.steps,
+        "trained_steps": num_steps(config),
         "meta_steps": finished.step,
         **more,
         "unit": unit,
@@ -96,6 +99,11 @@ def header(finished: Finished, options: Evaluate, num_classes: int, unit: str, *
 def num_query(finished: Finished, options: Evaluate) -> int:
     """Return the number of real images of each class that are held out."""
     return finished.config.query if options.query is None else options.query
+
+
+def num_steps(config: TrainConfig) -> int:
+    """Return the number of inner steps that systems are compared at: the trained one, five where the run takes none."""
+    return config.inner.steps or 5
 
 
 def write(finished: Finished, result: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
@@ -132,19 +140,27 @@ def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: 
 
 
 def baseline_systems(
-    finished: Finished, data: Parts, options: Evaluate, candidates: Candidates, score: Score
+    finished: Finished,
+    data: Parts,
+    options: Evaluate,
+    candidates: Candidates,
+    score: Score,
+    prepare: Callable[[TaskFamily], TaskFamily] = lambda family: family,
 ) -> tuple[list[System], dict[str, str]]:
-    """Return what the run is compared with, each at the best of its rules by `score` on held-out classes, and notes."""
+    """Return what the run is compared with, each at the best of its rules by `score` on held-out classes, and notes.
+
+    `prepare` changes the tasks that rules are chosen on.
+    """
     config, built = finished.config, finished.built
     key = jax.random.key(config.seed)
     joint, joint_note = _joint(finished, data, options.joint_steps)
-    part, steps = held_out(data), config.inner.steps
+    part, steps = held_out(data), num_steps(config)
     query = num_query(finished, options)
     family = build.family(data, part, options.shots, query, model=config.model)
     specs = _choice_specs(family, data, part, config.model, key)
     random = built.model.init(jax.random.fold_in(key, SCRATCH))
     learner = baselines.stepper(config, built, steps)
-    choose = baselines.chooser(learner, family, specs, jax.random.fold_in(key, CHOICE), score)
+    choose = baselines.chooser(learner, prepare(family), specs, jax.random.fold_in(key, CHOICE), score)
     systems, notes = [], {"joint": joint_note}
     for name, begin, rules in (
         (FINE_TUNED, joint, candidates.fine_tuning),

@@ -16,6 +16,7 @@ from metagen_jax.cli.protocol import (
     baseline_systems,
     header,
     num_query,
+    num_steps,
     tasks_of,
     write,
 )
@@ -51,6 +52,10 @@ PANELS = {
 def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
     """Evaluate, write evaluation.json, evaluation.md and the figures, and return what is in the first."""
     config, data = finished.config, load_data(finished)
+    if options.shots < 1:
+        raise ValueError(
+            f"samples are compared with the support too, which needs --shots of at least 1, got {options.shots}"
+        )
     if options.num_images < 6:  # as many as five neighbours need
         raise ValueError(f"--num-images must be at least 6, got {options.num_images}")
     query = num_query(finished, options)
@@ -60,15 +65,20 @@ def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
         )
     family = tasks_of(finished, data, options)
     specs = build.specs(data, options.part, options.classes)
-    critics = critics_for(data)
+    if len(specs) < 2 or len(specs) * (query // 2) <= 5:
+        raise ValueError(
+            f"intervals over classes, and five neighbours among half of the real images, need more than {len(specs)} "
+            f"{options.part} classes of {query} held-out images; use more --classes or a larger --query"
+        )
+    critics = critics_for(data, options.critics)
     key = jax.random.key(config.seed)
     name = f"{config.learner} ({config.model})"
-    trained = config.inner.steps
+    trained = num_steps(config)
     systems = [(name, finished.learner, finished.meta, 16)]
     notes: dict[str, str] = {}
     if options.baselines:
         score = kernel_score(finished.built.model.sample, critics)
-        candidates = baselines.game_candidates(build.roles(config, finished.built))
+        candidates = baselines.game_candidates(config, build.roles(config, finished.built))
         others, notes = baseline_systems(finished, data, options, candidates, score)
         systems += [tuple(system) for system in others]  # type: ignore[misc]
     programs: dict[int, Draw] = {}
@@ -88,7 +98,7 @@ def evaluate_samples(finished: Finished, options: Evaluate) -> dict[str, Any]:
             int(specs.shape[0]),
             "means with 95 % intervals over classes",
             images=options.num_images,
-            critics=critics.header["weights_sha256"],
+            critics={name: critics.header[name] for name in ("weights_sha256", "config")},
         ),
         "systems": summaries,
         "references": references,
@@ -107,8 +117,12 @@ def summary_of(drawn: Drawn, per_class: Mapping[str, np.ndarray]) -> dict[str, A
     """Return every measure of a system at every step, with intervals over classes."""
     entry: dict[str, Any] = {"steps": drawn.steps}
     entry |= {name: [interval(column) for column in per_class[name].T] for name in PER_CLASS}
+    lost = np.isnan(per_class["kid"]).sum(0).tolist()  # classes that no pooled measure has
     pooled = {
-        name: [dict(zip(("mean", "low", "high"), row, strict=True)) | {"num_nonfinite": 0} for row in values.tolist()]
+        name: [
+            dict(zip(("mean", "low", "high"), row, strict=True)) | {"num_nonfinite": left_out}
+            for row, left_out in zip(values.tolist(), lost, strict=True)
+        ]
         for name, values in measure_pooled(drawn).items()
     }
     return entry | {"pooled": pooled}
@@ -154,7 +168,7 @@ def panels(result: dict[str, Any]) -> dict[str, list[Line]]:
 
 
 def _drawer(learner: MetaLearner, finished: Finished, family: Any, options: Evaluate, chunk: int) -> Any:
-    steps = range(2 * finished.config.inner.steps + 1)
+    steps = range(2 * num_steps(finished.config) + 1)
     sample = finished.built.model.sample
     return drawer(learner.path, sample, family, steps=steps, num_samples=options.num_images, task_chunk=chunk)
 
@@ -176,4 +190,5 @@ def _short(entry: dict[str, Any]) -> str:
     """Return a pooled measure as text, with half its interval."""
     if entry["mean"] is None:
         return "-"
-    return f"{entry['mean']:.3g} ± {(entry['high'] - entry['low']) / 2:.1g}"
+    left_out = f" (without {entry['num_nonfinite']} classes)" if entry["num_nonfinite"] else ""
+    return f"{entry['mean']:.3g} ± {(entry['high'] - entry['low']) / 2:.1g}{left_out}"

@@ -7,15 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagen_jax import baselines, build, report
-from metagen_jax.cli.protocol import STRIP_TASKS, TEST, Evaluate, baseline_systems, header, num_query, tasks_of, write
+from metagen_jax.cli.protocol import (
+    STRIP_TASKS,
+    TEST,
+    Evaluate,
+    baseline_systems,
+    header,
+    num_query,
+    num_steps,
+    tasks_of,
+    write,
+)
 from metagen_jax.cli.runs import Finished, load_data
 from metagen_jax.cli.summary import FINE_TUNED, cell, interval
 from metagen_jax.evaluate import map_tasks
 from metagen_jax.models.cycle import CycleGan
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column, Line
+from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.translation import paired_queries
-from metagen_jax.types import Array, Key, Params, Task
+from metagen_jax.types import Array, Examples, Key, Params, Task
 
 NUM_TASKS = 64  # pairs of held-out domains, where --classes does not say
 UNTRANSLATED = "left as it is"
@@ -29,12 +40,14 @@ def evaluate_translation(finished: Finished, built: CycleGan, options: Evaluate)
     key = jax.random.key(config.seed)
     specs = build.pairs_of_domains(family, options.classes or NUM_TASKS, jax.random.fold_in(key, TEST))
     truth = paired_queries(options.shots, query)
-    trained = config.inner.steps
+    trained = num_steps(config)
     name = f"{config.learner} ({config.model})"
     systems, notes = [(name, finished.learner, finished.meta)], dict[str, str]()
     if options.baselines:
-        candidates = baselines.game_candidates(build.roles(config, built))
-        others, notes = baseline_systems(finished, data, options, candidates, _minus_cycle(built))
+        candidates = baselines.game_candidates(config, build.roles(config, built))
+        others, notes = baseline_systems(
+            finished, data, options, candidates, _minus_error(built, query), lambda family: _with_truth(family, truth)
+        )
         systems += [(other.name, other.learner, other.meta) for other in others]
     results: dict[str, Any] = {}
     untranslated: np.ndarray | None = None
@@ -48,9 +61,7 @@ def evaluate_translation(finished: Finished, built: CycleGan, options: Evaluate)
             path, _ = learner.path(meta, adapt_key, task.support, int(steps[-1]))
 
             def error(params: Params) -> Array:
-                there = jnp.abs(built.forward(params, in_a[:query]) - in_b[:query])
-                back = jnp.abs(built.backward(params, in_b[query:]) - in_a[query:])
-                return 0.5 * (there.mean() + back.mean())
+                return _error(built, params, in_a, in_b, query)
 
             return jax.lax.map(error, path), jnp.abs(in_a - in_b).mean()
 
@@ -115,19 +126,37 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def _minus_cycle(built: CycleGan) -> baselines.Score:
-    """Return the function to choose rates by: no truth is known when adapting, so the cycle and both scores count."""
+def _with_truth(family: TaskFamily, truth: Any) -> TaskFamily:
+    """Return the tasks with both sides of every query drawing for a query, which only the choice of a rule sees."""
+
+    def make(bank: Any, key: Key, spec: Array) -> Task:
+        task = family.make(bank, jax.random.clone(key), spec)
+        both = jnp.concatenate(truth(bank, key, spec))
+        return task._replace(query=Examples(both, jnp.zeros(len(both), jnp.int32), jnp.ones(len(both))))
+
+    return family._replace(make=make)
+
+
+def _minus_error(built: CycleGan, query: int) -> baselines.Score:
+    """Return the function to choose rules by: minus the error on tasks made by `_with_truth`."""
 
     def score(params: Params, key: Key, task: Task) -> Array:
-        losses, _ = built.model.game(params, key, task.query)
-        return -losses["forward"]
+        in_a, in_b = jnp.split(task.query.x, 2)
+        return -_error(built, params, in_a, in_b, query)
 
     return score
 
 
+def _error(built: CycleGan, params: Params, in_a: Array, in_b: Array, query: int) -> Array:
+    """Return the mean absolute error of translating the drawings of either domain; row n of both is one drawing."""
+    there = jnp.abs(built.forward(params, in_a[:query]) - in_b[:query])
+    back = jnp.abs(built.backward(params, in_b[query:]) - in_a[query:])
+    return 0.5 * (there.mean() + back.mean())
+
+
 def _pairs(finished: Finished, built: CycleGan, family: Any, truth: Any, specs: Any, key: Key, query: int) -> Any:
     """Return the figure of a few pairs of domains: images of both, a translation before and after, and the truth."""
-    trained, few = finished.config.inner.steps, min(3, query)
+    trained, few = num_steps(finished.config), min(3, query)
 
     def one(meta: Params, bank: Any, key: Key, spec: Array) -> tuple[Array, ...]:
         make_key, adapt_key = jax.random.split(key)

@@ -21,8 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_NEWTON_STEPS = 100
-
 
 class _Discriminator(NamedTuple):
     """f(x) = weight . (x - mean) / scale + bias."""
@@ -91,30 +89,21 @@ def _fit(real: np.ndarray, generated: np.ndarray, ridge: float) -> _Discriminato
     mean = share @ x
     scale = np.sqrt(share @ np.square(x - mean))
     scale = np.where(scale > 1e-12 * np.abs(mean), scale, 1.0)  # a constant feature tells nothing
-    solution = _newton(np.column_stack([(x - mean) / scale, np.ones(len(x))]), sign, share, ridge)
+    solution = _minimised(np.column_stack([(x - mean) / scale, np.ones(len(x))]), sign, share, ridge)
     return _Discriminator(mean, scale, solution[:-1], float(solution[-1]))
 
 
-def _newton(x: np.ndarray, sign: np.ndarray, share: np.ndarray, ridge: float) -> np.ndarray:
-    """Minimise sum_n share_n log(1 + exp(-sign_n x_n.w)) + ridge/2 |w|^2, the last weight (the bias) not penalised.
+def _minimised(x: np.ndarray, sign: np.ndarray, share: np.ndarray, ridge: float) -> np.ndarray:
+    """Return the minimum over w of sum_n share_n log(1 + exp(-sign_n x_n.w)) + ridge/2 |w|^2, the bias (last) free."""
+    from scipy import optimize
 
-    Newton steps, each halved until the loss falls; convex, so the minimum is the only one.
-    """
     penalty = np.append(np.full(x.shape[1] - 1, ridge), 0.0)
 
-    def loss(w: np.ndarray) -> float:
-        return float(share @ np.logaddexp(0, -sign * (x @ w)) + 0.5 * penalty @ np.square(w))
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = sign * (x @ w)
+        wrong = np.exp(-np.logaddexp(0, margin))  # p of the other kind
+        value = share @ np.logaddexp(0, -margin) + 0.5 * penalty @ np.square(w)
+        return float(value), penalty * w - x.T @ (share * sign * wrong)
 
-    w = np.zeros(x.shape[1])
-    for _ in range(MAX_NEWTON_STEPS):
-        wrong = np.exp(-np.logaddexp(0, sign * (x @ w)))  # p of the other kind
-        gradient = penalty * w - x.T @ (share * sign * wrong)
-        if np.abs(gradient).max() < 1e-9:
-            break
-        curvature = (x * (share * wrong * (1 - wrong))[:, None]).T @ x + np.diag(penalty)
-        step = np.linalg.lstsq(curvature, gradient, rcond=None)[0]
-        size, before = 1.0, loss(w)
-        while loss(w - size * step) > before - 1e-4 * size * gradient @ step and size > 1e-10:
-            size /= 2
-        w = w - size * step
-    return w
+    options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-14, "gtol": 1e-8}
+    return optimize.minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options=options).x

@@ -58,7 +58,7 @@ def recognisability(exemplars: np.ndarray, queries: np.ndarray, *, way: int = 20
 
 
 def diversity(features: np.ndarray) -> np.ndarray:
-    """Return the mean over features of the standard deviation over a class's images.
+    """Return the mean over features of the standard deviation over a class's images, unbiased in its square.
 
     Args:
         features: of images of every class [C, M, D].
@@ -71,13 +71,13 @@ def diversity(features: np.ndarray) -> np.ndarray:
 
     Example:
         >>> diversity(np.array([[[0.0], [2.0]], [[1.0], [1.0]]]))
-        array([1., 0.])
+        array([1.41421356, 0.        ])
     """
     features = np.asarray(features, np.float64)
     if features.ndim != 3 or features.shape[1] < 2:
         raise ValueError(f"expected features [C, M, D] of at least 2 images of a class, got {list(features.shape)}")
     with np.errstate(invalid="ignore"):
-        return features.std(axis=1).mean(axis=-1)
+        return features.std(axis=1, ddof=1).mean(axis=-1)
 
 
 def inception_score(log_probabilities: np.ndarray) -> float:

@@ -18,6 +18,7 @@ import jax
 
 from metagen_jax.models.adversarial import AdversarialLoss, non_saturating
 from metagen_jax.models.likelihoods import Likelihood
+from metagen_jax.models.monitors import real_above_made, spread_ratio
 from metagen_jax.models.networks import Network
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Examples, Key, Losses, Metrics, Model, Params
@@ -57,7 +58,8 @@ def adversarial_autoencoder(
     Returns:
         Model and the functions `encode` and `decode`. `sample` decodes codes drawn from N(0, I), means in [0, 1].
         Metrics, all weighted means: `log_likelihood` in nats per image, and the scores `prior_score` of codes from the
-        prior and `code_score` of encoded images.
+        prior and `code_score` of encoded images; and the monitors of `models.monitors`, `spread_ratio` that of
+        reconstructions.
 
     Raises:
         ValueError: no latent dimension or a negative weight; when called, an encoder or a discriminator whose output
@@ -106,7 +108,8 @@ def adversarial_autoencoder(
 
     def game(params: Params, key: Key, batch: Examples) -> tuple[Losses, Metrics]:
         codes = encode(params, batch.x)
-        nats = likelihood.log_prob(params["decoder"]["likelihood"], output(params, codes), batch.x)
+        outputs = output(params, codes)
+        nats = likelihood.log_prob(params["decoder"]["likelihood"], outputs, batch.x)
         fit = weighted_mean(nats, batch.weight)
         real, made = scores(params, jax.random.normal(key, codes.shape)), scores(params, codes)
         shared = weight * loss.generator(real, made, batch.weight, batch.weight) - fit
@@ -115,6 +118,10 @@ def adversarial_autoencoder(
             "log_likelihood": fit,
             "prior_score": weighted_mean(real, batch.weight),
             "code_score": weighted_mean(made, batch.weight),
+            "real_above_made": real_above_made(real, made, batch.weight, batch.weight),
+            "spread_ratio": spread_ratio(
+                likelihood.mean(params["decoder"]["likelihood"], outputs), batch.weight, batch.x, batch.weight
+            ),
         }
         return {"encoder": shared, "decoder": shared, "discriminator": own}, metrics
 

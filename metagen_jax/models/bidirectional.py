@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from metagen_jax.models.monitors import real_above_made, spread_ratio
 from metagen_jax.models.networks import Network
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Examples, Key, Losses, Metrics, Model, Params
@@ -61,7 +62,8 @@ def bidirectional_gan(
 
     Returns:
         Model and the functions `encode` and `generate`. `sample` generates from codes of N(0, I), in [0, 1]. Metrics,
-        weighted means: the scores `encoder_score` and `generator_score` of the two kinds of pair.
+        weighted means: the scores `encoder_score` and `generator_score` of the two kinds of pair; and the monitors of
+        `models.monitors`.
 
     Raises:
         ValueError: no latent dimension or an unknown form; when called, a network whose output has another shape.
@@ -120,6 +122,8 @@ def bidirectional_gan(
         metrics = {
             "encoder_score": weighted_mean(of_encoder, batch.weight),
             "generator_score": weighted_mean(of_generator, batch.weight),
+            "real_above_made": real_above_made(of_encoder, of_generator, batch.weight, batch.weight),
+            "spread_ratio": spread_ratio(images, batch.weight, x, batch.weight),
         }
         if form == "standard":
             shared = surprise(-of_encoder) + surprise(of_generator)

@@ -36,7 +36,8 @@ def conditional_gan(
         discriminator: [N, *event] -> [N, 1], a logit.
         loss: of `metagen_jax.models.adversarial`.
         num_latents: Z.
-        num_classes: rows of the tables; the labels of all examples must be below it.
+        num_classes: rows of the tables. Labels are looked up in them, so they must name the class itself (those of
+            `episodes` number the classes within a task); a label outside the tables gives NaN, which is seen.
         context: length of a row.
         terms: penalty, mode-seeking term, number of examples made.
 
@@ -59,7 +60,9 @@ def conditional_gan(
         return params | {"generator_context": tables[0], "discriminator_context": tables[1]}
 
     def of_class(params: Params, side: str, label: Array) -> Params:
-        return params | {f"{side}_context": params[f"{side}_context"][label]}
+        table = params[f"{side}_context"]
+        row = jnp.where(label < 0, num_classes, label)  # a label that has no row gives NaN, and not another class
+        return params | {f"{side}_context": table.at[row].get(mode="fill", fill_value=jnp.nan)}
 
     def generate(params: Params, z: Array, label: Array) -> Array:
         def one(code: Array, label: Array) -> Array:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from metagen_jax.models.adversarial import AdversarialLoss, Penalty
+from metagen_jax.models.monitors import real_above_made, spread_ratio
 from metagen_jax.models.networks import Network
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Examples, Key, Losses, Metrics, Model, Params
@@ -77,7 +78,8 @@ def cycle_gan(
     Returns:
         Model and the two translators. `sample` raises. Metrics, all weighted means: `cycle_error` and `identity_error`,
         the two sums above in units of [0, 1] (the identity error is reported whatever its weight), and the scores
-        `real_score_a`, `made_score_a`, `real_score_b` and `made_score_b`.
+        `real_score_a`, `made_score_a`, `real_score_b` and `made_score_b`; and the monitors of `models.monitors`, means
+        of both domains.
 
     Raises:
         ValueError: a negative weight; when called, a translator that changes the shape of an image, or a
@@ -131,7 +133,10 @@ def cycle_gan(
             own += penalty(lambda x: scores(params, player, x), x[first], made[second], real_weight[first], key)
         domain = player[-1]
         named = {f"real_score_{domain}": real_weight, f"made_score_{domain}": made_weight}
-        return own, loss.generator(*pair), {name: weighted_mean(score, weight) for name, weight in named.items()}
+        metrics = {name: weighted_mean(score, weight) for name, weight in named.items()}
+        metrics["real_above_made"] = real_above_made(*pair)
+        metrics["spread_ratio"] = spread_ratio(made, made_weight, x, real_weight)
+        return own, loss.generator(*pair), metrics
 
     def game(params: Params, key: Key, batch: Examples) -> tuple[Losses, Metrics]:
         x = 2 * batch.x - 1
@@ -145,7 +150,9 @@ def cycle_gan(
         loss_b, fooled_b, scores_b = rivalry(params, "discriminator_b", x, to_b, in_b, in_a, keys[1])
         shared = fooled_a + fooled_b + cycle_weight * cycle + identity_weight * identity
         losses = {"forward": shared, "backward": shared, "discriminator_a": loss_a, "discriminator_b": loss_b}
-        return losses, {"cycle_error": cycle, "identity_error": identity, **scores_a, **scores_b}
+        told, spread = (scores_a.pop(name) + scores_b.pop(name) for name in ("real_above_made", "spread_ratio"))
+        monitors = {"real_above_made": 0.5 * told, "spread_ratio": 0.5 * spread}
+        return losses, {"cycle_error": cycle, "identity_error": identity, **scores_a, **scores_b, **monitors}
 
     def sample(params: Params, key: Key, num: int) -> Array:
         raise ValueError(

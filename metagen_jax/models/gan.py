@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from metagen_jax.models.adversarial import AdversarialLoss, Penalty, mode_seeking
+from metagen_jax.models.monitors import real_above_made, spread_ratio
 from metagen_jax.models.networks import Network
 from metagen_jax.models.parts import parts
 from metagen_jax.models.weighted import weighted_mean
@@ -75,9 +76,8 @@ def gan(
 
     Returns:
         Model, sides and functions. The game's metrics are `real_score` and `made_score` (mean logits), `loss_share`
-        (the discriminator's share of the two adversarial losses, absolute: near 0 where it has won, near 1 where the
-        generator has) and `spread_ratio` (the standard deviation of made examples over that of real ones, mean over
-        pixels: near 0 where the generator has collapsed).
+        (the discriminator's share of the two absolute adversarial losses, before penalties), and the monitors
+        `real_above_made` and `spread_ratio` of `metagen_jax.models.monitors`.
 
     Raises:
         ValueError: no latent dimension, no example made, a negative weight or context, an encoder without a context.
@@ -150,7 +150,8 @@ def adversarial_game(
             "real_score": weighted_mean(scores[0], batch.weight),
             "made_score": weighted_mean(scores[1], weight),
             "loss_share": jnp.abs(of_discriminator) / (jnp.abs(of_discriminator) + jnp.abs(of_generator) + 1e-6),
-            "spread_ratio": _spread(made, weight) / (_spread(batch.x, batch.weight) + 1e-6),
+            "real_above_made": real_above_made(*scores),
+            "spread_ratio": spread_ratio(made, weight, batch.x, batch.weight),
         }
         if terms.mode_seeking:
             others = jax.random.normal(others_key, codes.shape)
@@ -183,11 +184,3 @@ def check_terms(num_latents: int, terms: Terms) -> None:
             f"expected at least one latent, one example made for each real one and a mode-seeking weight >= 0, got "
             f"num_latents={num_latents}, made_per_real={terms.made_per_real}, mode_seeking={terms.mode_seeking}"
         )
-
-
-def _spread(x: Array, weight: Array) -> Array:
-    """Return the standard deviation over the examples, mean over everything that an example has."""
-    flat = x.reshape(x.shape[0], -1)
-    centre = (weight @ flat) / jnp.maximum(weight.sum(), 1e-6)
-    variance = (weight @ jnp.square(flat - centre[None])) / jnp.maximum(weight.sum(), 1e-6)
-    return jnp.sqrt(variance).mean()

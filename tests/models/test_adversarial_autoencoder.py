@@ -62,7 +62,7 @@ def test_the_losses_are_those_computed_by_hand(x64):
     own = np.average(_nats(prior) + _nats(-coded), weights=weight)
     np.testing.assert_allclose(losses["discriminator"], own, rtol=1e-10)
     expected = {"log_likelihood": fit, "prior_score": prior @ weight / 4.5, "code_score": coded @ weight / 4.5}
-    assert set(metrics) == set(expected)
+    assert set(metrics) == {*expected, "spread_ratio", "real_above_made"}
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-10)
 

@@ -114,7 +114,7 @@ def test_losses_and_metrics_are_those_computed_by_hand_from_each_domain_alone(x6
         np.testing.assert_allclose(losses[player], value, rtol=1e-10)
     weights = {"real_score_a": in_a, "made_score_a": in_b, "real_score_b": in_b, "made_score_b": in_a}
     means = {key: np.average(score, weights=weights[key]) for key, score in scores.items()}
-    assert set(metrics) == {"cycle_error", "identity_error", *means}
+    assert set(metrics) == {"cycle_error", "identity_error", "spread_ratio", "real_above_made", *means}
     for key, value in ({"cycle_error": cycle, "identity_error": identity} | means).items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-10)
 

@@ -226,6 +226,17 @@ def test_labels_choose_the_condition_of_either_side(x64):
         np.testing.assert_allclose(scores[row], one.score(own, x[row : row + 1])[0], rtol=1e-10)
 
 
+def test_a_label_that_no_table_has_a_row_for_is_seen_and_not_taken_for_another_class(x64):
+    built = mg.conditional_gan(
+        mlp((LATENTS,), (4,), EVENT), mlp(EVENT, (4,), (1,)), non_saturating(), LATENTS, num_classes=3, context=2
+    )
+    params = _random(built.model.init)
+    for label in (3, -1):
+        batch = image_task().support._replace(label=jnp.array([0, 1, label], jnp.int32))
+        losses, _ = built.model.game(params, jax.random.key(0), batch)
+        assert np.isnan(losses["generator"]), label
+
+
 def test_a_label_of_a_batch_moves_its_own_row_of_the_tables_only(x64):
     built = mg.conditional_gan(
         mlp((LATENTS,), (4,), EVENT), mlp(EVENT, (4,), (1,)), non_saturating(), LATENTS, num_classes=3, context=2
