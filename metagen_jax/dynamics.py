@@ -163,7 +163,7 @@ def without_shaping(game: Game) -> Game:
     The field of the game stays what it is. What changes is a meta-gradient through it: a player's query loss depends on
     its meta-parameters through its own adapted parameters, and through those of its rivals, which have adapted to it.
     Descending the second path is to shape one's opponents: a discriminator whose loss falls when the generator adapts
-    badly learns to teach it badly. `over_tasks(without_shaping(game), adapt)` leaves that path out.
+    badly is rewarded for teaching it badly. `over_tasks(without_shaping(game), adapt)` leaves that path out.
 
     Source: of the term, Foerster et al., Learning with Opponent-Learning Awareness, 2018.
     """
