@@ -76,7 +76,7 @@ def test_classes_that_cannot_be_told_apart_are_refused(exemplars, queries, way, 
 
 def test_diversity_is_the_mean_standard_deviation_over_features():
     features = np.random.default_rng(0).normal(size=(3, 5, 4))
-    expected = [np.mean([np.std(of_class[:, d]) for d in range(4)]) for of_class in features]
+    expected = [np.mean([np.std(of_class[:, d], ddof=1) for d in range(4)]) for of_class in features]
     np.testing.assert_allclose(diversity(features), expected)
     np.testing.assert_allclose(diversity(2 * features + 7), 2 * np.array(expected))
 
