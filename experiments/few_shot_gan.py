@@ -18,7 +18,7 @@ the longest of the meta-trained rows; its rule is the best of 13 on other classe
 
     python experiments/few_shot_gan.py --data omniglot_gmn --data-dir DIR --out runs/few_shot_gan
 
-takes about an hour and a half on two CPU cores (`--quick` a few minutes; `--data mnist --data-dir DIR` twenty). What is
+takes an hour or more on two CPU cores (`--quick` some ten minutes; `--data mnist --data-dir DIR` about twenty). What is
 done is kept in the folder, so that a run that was stopped goes on.
 """
 
@@ -44,7 +44,6 @@ from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import canonical
 
 SHOTS, QUERY, HELD_OUT, SAMPLES = 4, 10, 16, 16
-CONTEXTS = ("discriminator_context", "generator_context")
 EPISODES = 64  # of the one held-out class of MNIST
 LONGER = "joint, trained on"
 SHOWN = ("kid", "kid_contrastive", "recognisability", "diversity", "memorisation", "copies", "discrimination")
