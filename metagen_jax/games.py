@@ -30,6 +30,7 @@ class GradientField:
     game: Game
     players: tuple[str, ...] | None  # that move; None for all that the game scores
     groups_of: Callable[[Params, Key, Any], list[list[str]]]  # the moving players, those that share a loss together
+    scores: Callable[[Params, Key, Any], tuple[list[list[str]], list[Array], Metrics]]  # those, their losses, metrics
     reverse: Field  # differentiated again in reverse mode (or forward mode)
     forward_over_reverse: Field  # differentiated again by one forward pass over the gradient: stores far less
 
@@ -111,26 +112,27 @@ def vector_field(game: Game, players: Sequence[str] | None = None) -> GradientFi
         jax.eval_shape(record, params, key, batch)
         return groups
 
+    def scores(params: Params, key: Key, batch: Any) -> tuple[list[list[str]], list[Array], Metrics]:
+        losses, metrics = game(params, key, batch)
+        groups = grouped(params, losses)
+        values = [losses[group[0]] for group in groups]
+        alone = len({id(loss) for loss in losses.values()}) == 1
+        names = ["loss" if alone else f"loss/{group[0]}" for group in groups]
+        return groups, values, {**metrics, **dict(zip(names, values, strict=True))}
+
     def reverse(params: Params, key: Key, batch: Any) -> tuple[Params, Metrics]:
         groups: list[list[str]] = []
-        distinct: set[int] = set()
 
         def values(candidates: Params) -> tuple[list[Array], Metrics]:
-            losses, metrics = game({**params, **candidates}, key, batch)
-            groups[:] = grouped(params, losses)
-            distinct.update(id(loss) for loss in losses.values())
-            return [losses[group[0]] for group in groups], metrics
+            groups[:], losses, metrics = scores({**params, **candidates}, key, batch)
+            return losses, metrics
 
         candidates = params if chosen is None else {name: params[name] for name in chosen if name in params}
         losses, pull_back, metrics = jax.vjp(values, candidates, has_aux=True)
         directions: Params = {}
-        for index, group in enumerate(groups):
-            one_hot = [jnp.full_like(loss, float(index == other)) for other, loss in enumerate(losses)]
-            (gradient,) = pull_back(one_hot)
+        for group, gradient in zip(groups, one_by_one(pull_back, losses), strict=True):
             directions |= {name: gradient[name] for name in group}
-        named = {f"loss/{group[0]}": loss for group, loss in zip(groups, losses, strict=True)}
-        named = named if len(distinct) > 1 else {"loss": losses[0]}
-        return directions, jax.lax.stop_gradient({**metrics, **named})
+        return directions, jax.lax.stop_gradient(metrics)
 
     def forward(params: Params, key: Key, batch: Any) -> tuple[tuple[Params, Metrics], tuple[Params, Key, Any]]:
         return reverse(params, key, batch), (params, key, batch)
@@ -156,7 +158,13 @@ def vector_field(game: Game, players: Sequence[str] | None = None) -> GradientFi
 
     mixed = jax.custom_vjp(reverse)
     mixed.defvjp(forward, backward)
-    return GradientField(game, chosen, groups_of, reverse, mixed)
+    return GradientField(game, chosen, groups_of, scores, reverse, mixed)
+
+
+def one_by_one(pull_back: Callable[[list[Array]], tuple[Any]], losses: list[Array]) -> list[Any]:
+    """Return the gradient of each loss, given the function that pulls cotangents of all of them back."""
+    one_hot = [[jnp.full_like(loss, float(a == b)) for b, loss in enumerate(losses)] for a in range(len(losses))]
+    return [pull_back(cotangents)[0] for cotangents in one_hot]
 
 
 def union(support: Examples, query: Examples) -> Examples:

@@ -9,6 +9,7 @@ Sources: Edwards & Storkey, Towards a Neural Statistician, 2017; Garnelo et al.,
 
 from collections.abc import Callable
 
+from metagen_jax.adapt.factored import Adapter, compact
 from metagen_jax.adapt.unroll import Path
 from metagen_jax.types import Adapt, Examples, Key, Metrics, Params
 
@@ -16,7 +17,7 @@ Embed = Callable[[Params, Examples], Params]
 """(meta, support) -> the players that the support determines."""
 
 
-def amortised(embed: Embed, then: Adapt | None = None) -> Adapt:
+def amortised(embed: Embed, then: Adapt | None = None) -> Adapter:
     """Return the adapter that replaces what `embed` gives, and goes on with `then`.
 
     Example:
@@ -30,9 +31,9 @@ def amortised(embed: Embed, then: Adapt | None = None) -> Adapt:
 
     def adapt(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
         read = {**meta, **embed(meta, support)}
-        return (read, {}) if then is None else then(read, key, support)
+        return (read, {}) if then is None else compact(then)(read, key, support)
 
-    return adapt
+    return Adapter(adapt)
 
 
 def amortised_path(embed: Embed, path: Path) -> Path:

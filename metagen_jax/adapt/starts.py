@@ -28,6 +28,7 @@ class Start:
     extend: Callable[[Params], Params]  # fresh model parameters -> meta-parameters
     rules: tuple[optax.GradientTransformation, ...]  # the fixed rules in it, each checked before it is differentiated
     learns: bool = False  # whether it adds players of its own to the meta-parameters
+    typical: bool = True  # whether the rule at the initial meta-parameters is of the same kind as at any others
 
     def __call__(self, meta: Params, /) -> tuple[Params, optax.GradientTransformation]:
         """Return `begin(meta)`."""
@@ -130,7 +131,7 @@ def learned(
             raise ValueError(f"the learned rule reads its parameters from player {player!r}, but meta has {list(meta)}")
         return {name: tree for name, tree in meta.items() if name != player}, rule(meta[player])
 
-    return Start(begin, lambda params: {**params, player: initial}, (), learns=True)
+    return Start(begin, lambda params: {**params, player: initial}, (), learns=True, typical=False)
 
 
 def _learned_rates(

@@ -5,6 +5,16 @@
 Where several fields are given, they take turns in each step: each moves its own players from where those before it
 have moved to. The optimiser's state is made anew for each task, one for each group of players that moves together. The
 key of step k is fold_in(key, k).
+
+There are two forms of the loop, equal to rounding. The plain form makes every parameter of every step. The dual form
+(`metagen_jax.adapt.dual`) moves dense layers without forming their kernels, where the rule allows it. "auto" takes it
+
+- where every field is one of `vector_field`, and the inner gradient is differentiated in reverse and recomputes nothing;
+- where the rule is linear in the gradients of a kernel, with one number for all its entries: descent and momentum;
+- for those kernels that are met in matrix products only, and that take up few outer products, at most
+  0.4 in out / (in + out) in the whole inner loop: steps times examples, those of an input that never varies once.
+
+On CPUs that is where it was measured to be faster (docs/performance.md).
 """
 
 import math
@@ -15,6 +25,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metagen_jax.adapt import dual
+from metagen_jax.adapt.factored import Adapter
+from metagen_jax.adapt.linear_rule import is_linear
 from metagen_jax.adapt.safety import check_differentiable
 from metagen_jax.adapt.starts import Start
 from metagen_jax.games import GradientField
@@ -23,6 +36,12 @@ from metagen_jax.types import Start as AnyStart
 
 InnerGrad = Literal["reverse", "forward_over_reverse"]
 Remat = Literal["none", "step", "nested"]
+Form = Literal["auto", "plain", "dual"]
+LoopKind = Literal["auto", "scan", "peeled", "unrolled"]
+PAYS = 0.4
+"""The dual form of a kernel [in, out] pays where it takes up at most PAYS * in * out / (in + out) outer products."""
+UNROLLED = 8
+"""Moves of the longest loop in the dual form that is unrolled if not told otherwise."""
 Carry = Any
 Path = Callable[[Params, Key, Examples, int], tuple[Params, Metrics]]
 """(meta, key, support, num_steps) -> (parameters after 0, 1, ... num_steps steps: [num_steps + 1, ...], trace)."""
@@ -36,7 +55,9 @@ def unroll(
     first_order: bool = False,
     inner_grad: InnerGrad = "reverse",
     remat: Remat = "none",
-) -> Adapt:
+    form: Form = "auto",
+    loop: LoopKind = "auto",
+) -> Adapter:
     """Return the adapter that takes `num_steps` steps down `field`.
 
     The options change what is stored and how, never the result: all ways give equal gradients.
@@ -52,13 +73,18 @@ def unroll(
             parameters do not move: their part of the meta-gradient is then made for each task apart.
         remat: "none" stores every step for the backward pass, "step" recomputes each, "nested" recomputes blocks of
             sqrt(K) steps, so that memory grows with the square root of K.
+        form: "plain" makes the parameters of every step, "dual" moves dense layers without forming their kernels,
+            "auto" does so where it applies and pays, as said at the head of this module.
+        loop: "scan" is one compiled step, "peeled" takes the first step, in which tasks still share their weights,
+            before it, "unrolled" compiles each step apart; "auto" is "scan", and in the dual form "unrolled" for short
+            loops, where a step then multiplies by the outer products made before it and no others.
 
     Returns:
         An adapter: (meta, key, support) -> (params, trace), each metric of the trace [K].
 
     Raises:
         ValueError: an unknown option, a negative number of steps, no field, a rule that cannot be differentiated
-            safely; when called, turns in which a player moves in different company.
+            safely, a dual form that does not apply; when called, turns in which a player moves in different company.
 
     Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning, 2017; mixed mode: Kemaev et al., Scalable
     Meta-Learning via Mixed-Mode Differentiation, 2025.
@@ -73,22 +99,62 @@ def unroll(
     """
     if num_steps < 0:
         raise ValueError(f"the number of inner steps cannot be negative, got {num_steps}")
-    if remat not in get_args(Remat):
-        raise ValueError(f"remat must be one of {get_args(Remat)}, got {remat!r}")
+    for name, value, known in (("remat", remat, Remat), ("form", form, Form), ("loop", loop, LoopKind)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     rules = start.rules if isinstance(start, Start) and not first_order else ()
     unchecked = [rule for rule in rules if not check_differentiable(rule)]
     fields = _turns(field)
     takes = [_route(field, inner_grad) for field in fields]
+    obstacle = _obstacle(fields, start, inner_grad, remat)
+    if form == "dual" and obstacle:
+        raise ValueError(f"form='dual' does not apply: {obstacle}; use form='auto' or 'plain'")
+    linear: dict[Any, bool] = {}
+
+    def layers(meta: Params, key: Key, support: Examples) -> dual.Loop | None:
+        """Return the loop in the dual form, with the layers that it is for, or None for the plain form."""
+        if form == "plain" or obstacle or not num_steps:
+            return None
+        params, _ = start(meta)
+        if form == "auto" and not any(_may_pay(leaf, support) for leaf in jax.tree.leaves(params)):
+            return None
+        found = dual.prepare(fields, num_steps, params, key, support)
+        chosen = [layer for layer in found.layers if form == "dual" or pays(layer)]
+        if chosen and not _follows(linear, start, params, found, chosen):
+            chosen = []
+        if form == "dual" and not chosen:
+            raise ValueError(
+                "form='dual' does not apply: no dense layer moves whose kernel is in matrix products only, or the rule "
+                "is not linear in its gradients (descent or momentum at one rate for each layer, not for each entry); "
+                "use form='auto' or 'plain'"
+            )
+        return found._replace(layers=chosen) if chosen else None
 
     def adapt(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
+        if (found := layers(meta, key, support)) is not None:
+            params, rule = start(meta)
+            once = loop == "scan" or (loop == "auto" and max(layer.moves for layer in found.layers) > UNROLLED)
+            return dual.descend(found, rule, params, key, support, first_order=first_order, unrolled=not once)
         params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
         for rule in unchecked:  # rules that only make sense for these players
             with jax.ensure_compile_time_eval():
                 check_differentiable(rule, tuple(carry[0]))
-        (moving, _), trace = _scan(step, carry, num_steps, remat)
+        (moving, _), trace = _scan(step, carry, num_steps, remat, loop)
         return {**params, **moving}, trace
 
-    return adapt
+    return Adapter(adapt)
+
+
+def pays(layer: dual.Layer) -> bool:
+    """Whether the dual form of a layer is worth it."""
+    inputs, outputs = layer.size
+    return layer.rows * (inputs + outputs) <= PAYS * inputs * outputs
+
+
+def _may_pay(leaf: Array, support: Examples) -> bool:
+    """Whether the dual form of a kernel of this size could be worth it, were each example met once."""
+    num = jax.tree.leaves(support)[0].shape[0] if support is not None else 1
+    return dual.is_matrix(leaf) and num * sum(leaf.shape) <= PAYS * leaf.size
 
 
 def trajectory(field: Field | Sequence[Field], start: AnyStart) -> Path:
@@ -126,6 +192,30 @@ def _route(field: Field, inner_grad: str) -> Field:
             f"got {type(field).__name__}. Use inner_grad='reverse' for this one"
         )
     return field.forward_over_reverse
+
+
+def _obstacle(fields: Sequence[Field], start: AnyStart, inner_grad: str, remat: str) -> str:
+    """Return what keeps an inner loop from the dual form, whatever its layers are."""
+    others = [type(field).__name__ for field in fields if not isinstance(field, GradientField)]
+    if others:
+        return f"it needs fields made by vector_field, got {others[0]}"
+    if not isinstance(start, Start):
+        return "it needs a start of metagen_jax.adapt.starts, whose rule it can try"
+    if inner_grad != "reverse" or remat != "none":
+        return f"it differentiates in reverse and recomputes nothing, got inner_grad={inner_grad!r}, remat={remat!r}"
+    return ""
+
+
+def _follows(
+    known: dict[Any, bool], start: AnyStart, params: Params, loop: dual.Loop, layers: Sequence[dual.Layer]
+) -> bool:
+    """Whether the rule moves these layers linearly; what was tried once is known."""
+    groups = tuple({turn.players: turn.each * loop.num_steps for turn in loop.turns}.items())
+    kernels = tuple(layer.index for layer in layers)
+    question = (jax.tree.structure(params), kernels, groups)
+    if question not in known and isinstance(start, Start):
+        known[question] = is_linear(start, params, kernels, groups)
+    return known[question]
 
 
 def _turns(field: Field | Sequence[Field]) -> Sequence[Field]:
@@ -182,23 +272,31 @@ def _inner_loop(
     return params, (moving, states), step
 
 
-def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str) -> tuple[Carry, Metrics]:
-    indices = jnp.arange(num_steps)
-    if remat == "none" or num_steps == 0:
-        return jax.lax.scan(step, carry, indices)
-    step = jax.checkpoint(step, prevent_cse=False)
-    block = math.isqrt(num_steps)
-    if remat == "step" or block == 1:
-        return jax.lax.scan(step, carry, indices)
+def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str, loop: str) -> tuple[Carry, Metrics]:
+    indices, traces = jnp.arange(num_steps), []
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=loop == "unrolled")
+    if loop == "peeled" and num_steps:
+        carry, first = step(carry, indices[0])
+        traces.append(jax.tree.map(lambda leaf: leaf[None], first))
+        indices = indices[1:]
 
-    @jax.checkpoint
     def steps(carry: Carry, indices: Array) -> tuple[Carry, Metrics]:
-        return jax.lax.scan(step, carry, indices)
+        return jax.lax.scan(step, carry, indices, unroll=loop == "unrolled")
 
-    whole = num_steps - num_steps % block
-    carry, trace = jax.lax.scan(steps, carry, indices[:whole].reshape(-1, block))
-    trace = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), trace)
-    if whole == num_steps:
-        return carry, trace
-    carry, rest = steps(carry, indices[whole:])
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), trace, rest)
+    block = math.isqrt(len(indices))
+    if remat != "nested" or block <= 1:
+        carry, trace = steps(carry, indices)
+        return carry, _joined([*traces, trace])
+    again = jax.checkpoint(steps)
+    whole = len(indices) - len(indices) % block
+    carry, trace = jax.lax.scan(again, carry, indices[:whole].reshape(-1, block))
+    traces.append(jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), trace))
+    if whole < len(indices):
+        carry, trace = again(carry, indices[whole:])
+        traces.append(trace)
+    return carry, _joined(traces)
+
+
+def _joined(traces: Sequence[Metrics]) -> Metrics:
+    return traces[0] if len(traces) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metagen_jax.adapt.factored import Factored, is_factored
 from metagen_jax.games import GradientField, vector_field
+from metagen_jax.meta.outer import Displacement
 from metagen_jax.types import Array, Field, Key, Losses, Metrics, Params, Task
 
 TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
@@ -127,11 +129,23 @@ def _as_one_game(field: GradientField) -> TotalField:
 
 
 def _one_by_one(field: Field) -> TotalField:
+    take = field.compact if isinstance(field, Displacement) else field
+
     def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
-        directions, metrics = jax.vmap(lambda key, task: field(meta, key, task))(keys, tasks)
-        return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), directions), metrics
+        directions, metrics = jax.vmap(lambda key, task: take(meta, key, task))(keys, tasks)
+        return jax.tree.map(lambda leaf: _weighted(weights, leaf), directions, is_leaf=is_factored), metrics
 
     return total
+
+
+def _weighted(weights: Array, leaf: Array | Factored) -> Array:
+    """Return sum_t weights[t] leaf[t]; of factored matrices as one product over all tasks."""
+    if not isinstance(leaf, Factored):
+        return jnp.tensordot(weights, leaf, 1)
+    left, right = (part.reshape(-1, part.shape[-1]) for part in (leaf.left, leaf.right))
+    scale = (weights[:, None] * leaf.scale).reshape(-1, 1)
+    change = (scale * left).T @ right
+    return change if leaf.base is None else change + jnp.tensordot(weights, leaf.base, 1)
 
 
 def _losses_finite(metrics: Metrics, num_tasks: int) -> Array:

@@ -7,10 +7,13 @@ Meta-learning turns a game over examples into a game over tasks,
 which has a field like any game: the outer step is the same code as the inner step.
 """
 
+import dataclasses
+
 import jax
 
+from metagen_jax.adapt.factored import Factored, compact, dense, is_factored, play
 from metagen_jax.games import GradientField, vector_field
-from metagen_jax.types import Adapt, Field, Game, Key, Losses, Metrics, Params, Task, player_of
+from metagen_jax.types import Adapt, Array, Field, Game, Key, Losses, Metrics, Params, Task, player_of
 
 
 def over_tasks(game: Game, adapt: Adapt) -> Game:
@@ -29,8 +32,8 @@ def over_tasks(game: Game, adapt: Adapt) -> Game:
 
     def outer(meta: Params, key: Key, task: Task) -> tuple[Losses, Metrics]:
         adapt_key, query_key = jax.random.split(key)
-        params, trace = adapt(meta, adapt_key, task.support)
-        losses, metrics = game(params, query_key, task.query)
+        params, trace = compact(adapt)(meta, adapt_key, task.support)
+        losses, metrics = play(game, params, query_key, task.query)
         return {name: player_of(name, losses) for name in meta}, {**metrics, **_prefixed(trace)}
 
     return outer
@@ -47,7 +50,19 @@ def through(game: Game, adapt: Adapt) -> GradientField:
     return vector_field(over_tasks(game, adapt))
 
 
-def displacement(adapt: Adapt) -> Field:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Displacement:
+    """Reptile's field. Calling it gives arrays; `compact` leaves the displacements of dual layers factored."""
+
+    compact: Field
+
+    def __call__(self, meta: Params, key: Key, task: Task, /) -> tuple[Params, Metrics]:
+        """Return ({player: meta minus adapted}, metrics)."""
+        direction, metrics = self.compact(meta, key, task)
+        return dense(direction), metrics
+
+
+def displacement(adapt: Adapt) -> Displacement:
     """Return Reptile's field: meta minus adapted, so that descending it moves towards the adapted parameters.
 
     Its batch is one `Task`, of which it uses the support.
@@ -55,12 +70,18 @@ def displacement(adapt: Adapt) -> Field:
     Source: Nichol, Achiam & Schulman, On First-Order Meta-Learning Algorithms, 2018, algorithm 1.
     """
 
-    def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:
-        adapted, trace = adapt(meta, key, task.support)
-        moved = {name: tree for name, tree in meta.items() if name in adapted}
-        return jax.tree.map(lambda a, b: a - b, moved, {name: adapted[name] for name in moved}), _prefixed(trace)
+    def between(adapted: Array | Factored, begin: Array) -> Array | Factored:
+        if is_factored(adapted):
+            return dataclasses.replace(adapted, base=None, scale=-adapted.scale)
+        return begin - adapted
 
-    return field
+    def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:
+        adapted, trace = compact(adapt)(meta, key, task.support)
+        moved = {name: tree for name, tree in adapted.items() if name in meta}
+        begin = {name: meta[name] for name in moved}
+        return jax.tree.map(between, moved, begin, is_leaf=is_factored), _prefixed(trace)
+
+    return Displacement(field)
 
 
 def _prefixed(trace: Metrics) -> Metrics:

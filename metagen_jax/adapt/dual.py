@@ -1,0 +1,304 @@
+"""The dual form of the inner loop: dense layers are moved without forming their kernels.
+
+Gradient descent changes the kernel of a layer y = x W by outer products,
+
+    W_k = W_0 + sum_j a_kj X_j^T D_j,     x W_k = x W_0 + sum_j a_kj (x X_j^T) D_j,
+
+where X_j [R, in] is what the layer was given in move j, D_j [R, out] the gradient of the loss at its output, and a_kj
+what the rule makes of the gradient of move j until move k (of plain descent, minus its rate). So the inner loop needs
+W_0 only, which a batch of tasks shares: each large product is one for all tasks, and the kernels of single tasks, their
+gradients and their adjoints never exist. It is exact to every order of differentiation, games and momentum included.
+
+a_k is found by following the rule itself: where the kernel would be, the rule has the coordinates a_k [M] in the basis
+of the gradients of all moves, and as gradient the unit vector of the move. That is right for a rule that is linear in
+the gradients of a kernel, with the same numbers for all its entries: descent and momentum at rates that are fixed,
+scheduled or learned for each layer and step. `metagen_jax.adapt.linear_rule` tries whether a rule is one.
+
+Sources: Irie, Csordas & Schmidhuber, The Dual Form of Neural Networks Revisited, 2022; Sun et al., Learning to (Learn
+at Test Time), 2024, section 2.5.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagen_jax.adapt.factored import Factored, dense, multiply
+from metagen_jax.adapt.products import Dot, Program, Use, run, trace
+from metagen_jax.games import GradientField, one_by_one
+from metagen_jax.types import Array, Examples, Key, Metrics, Params
+
+Past = dict[int, list[tuple[Array, Array]]]
+"""Layer -> for each use what it was given, X [M, R, in] or [R, in] if that never varies, and the gradients D [M, R, out]."""
+
+
+class Layer(NamedTuple):
+    """A kernel that can be moved in the dual form."""
+
+    index: int  # among the leaves of the parameters
+    player: str
+    size: tuple[int, int]  # [in, out]
+    moves: int  # M, in the whole inner loop
+    uses: tuple[Use, ...]  # in the turn in which it moves, those that move it
+
+    @property
+    def rows(self) -> int:
+        """Outer products that it has taken up at the end, those of an input that never varies once."""
+        return sum(use.rows * (self.moves if use.varies else 1) for use in self.uses)
+
+
+class Turn(NamedTuple):
+    """One of the fields that take turns in an inner step, as a program."""
+
+    program: Program  # (params, key, support) -> losses of the groups, metrics
+    groups: list[list[str]]  # players that move, those that share a loss together
+    players: tuple[str, ...]  # the same in one line
+    before: int  # moves of these players before it in a step
+    each: int  # moves of these players in a step
+
+
+class Loop(NamedTuple):
+    """An inner loop in the dual form."""
+
+    turns: list[Turn]
+    layers: list[Layer]
+    num_steps: int
+
+
+def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key: Key, support: Examples) -> Loop:
+    """Trace the fields, and find the kernels of moving players that meet the rest in matrix products only."""
+    arguments = (params, key, support)
+    leaves, owners = jax.tree.leaves(arguments), _owners(params)
+    groups_of = [field.groups_of(*arguments) for field in fields]
+    company = [tuple(name for group in groups for name in group) for groups in groups_of]
+    turns = [
+        Turn(
+            trace(lambda *a, field=field: field.scores(*a)[1:], *arguments),
+            groups,
+            players,
+            company[:number].count(players),
+            company.count(players),
+        )
+        for number, (field, groups, players) in enumerate(zip(fields, groups_of, company, strict=True))
+    ]
+    movers = {name for players in company for name in players}
+    varying = [index for index, name in enumerate(owners) if name in movers] + [len(owners)]  # and the key
+    candidates = [index for index in varying[:-1] if is_matrix(leaves[index])]
+    uses, spoiled = {index: () for index in candidates}, set[int]()
+    for turn in turns:
+        found = _uses(turn.program, leaves, candidates, varying, spoiled)
+        for index in candidates:
+            if owners[index] in turn.players:
+                uses[index] = tuple(use for use in found if use.kernel == index and not use.stopped)
+    each = {name: turn.each for turn in turns for name in turn.players}
+    layers = [
+        Layer(index, owners[index], jnp.shape(leaves[index]), num_steps * each[owners[index]], uses[index])
+        for index in candidates
+        if uses[index] and index not in spoiled
+    ]
+    return Loop(turns, layers, num_steps)
+
+
+def descend(
+    loop: Loop,
+    rule: optax.GradientTransformation,
+    params: Params,
+    key: Key,
+    support: Examples,
+    *,
+    first_order: bool = False,
+    unrolled: bool = True,
+) -> tuple[Params, Metrics]:
+    """Take the steps of the loop.
+
+    Args:
+        loop: of `prepare`, perhaps with fewer layers.
+        rule: linear in the gradients of the layers.
+        params: where to begin.
+        key: of the task; step k has fold_in(key, k).
+        support: the examples.
+        first_order: treat the directions as constants.
+        unrolled: compile each step apart, so that a step multiplies by the moves before it and no others; otherwise
+            all steps are one loop, which compiles faster and multiplies by as many rows in every step.
+
+    Returns:
+        The adapted parameters, those of the layers as `Factored` kernels, and the trace of metrics, each [K].
+    """
+    leaves, structure = jax.tree.flatten(params)
+    owners, layers = _owners(params), {layer.index: layer for layer in loop.layers}
+    bits, kind = jax.random.key_data(key), jax.random.key_impl(key)  # raw bits, see unroll
+    begin = [jnp.zeros(layers[i].moves, leaf.dtype) if i in layers else leaf for i, leaf in enumerate(leaves)]
+
+    def of(values: Sequence[Any], players: Sequence[str]) -> Params:
+        tree = jax.tree.unflatten(structure, values)
+        return {name: tree[name] for name in players}
+
+    def take(turn: Turn, point: Sequence[Array], past: Past, step_key: Key) -> tuple[dict, Metrics, Past]:
+        """Return the directions of what is no layer, the metrics, and (X, D) of every use of the layers that move."""
+        kernels = {i: _kernel(leaves[i], point[i], layer, past.get(i, ())) for i, layer in layers.items()}
+        mine = [index for index, name in enumerate(owners) if name in turn.players]
+        free = {index: point[index] for index in mine if index not in layers}
+        taps = {index: _taps(layers[index], leaves[index].dtype) for index in mine if index in layers}
+
+        def values(given: tuple[dict, dict]) -> tuple[list[Array], tuple[Metrics, dict]]:
+            free, taps = given
+            inputs: dict[int, list[Array]] = {index: [] for index in taps}
+
+            def product(use: Use, x: Array, dot: Dot) -> Array:
+                made = multiply(kernels[use.kernel], use, x, dot)
+                if use.stopped or use.kernel not in taps:
+                    return made
+                inputs[use.kernel].append(x)
+                return made + taps[use.kernel][len(inputs[use.kernel]) - 1].astype(made.dtype)
+
+            current = [free.get(index, leaf) for index, leaf in enumerate(point)]
+            arguments = [*current, *jax.tree.leaves((step_key, support))]
+            losses, metrics = run(turn.program, arguments, tuple(layers), product, lambda index: dense(kernels[index]))
+            return losses, (metrics, inputs)
+
+        losses, pull_back, (metrics, inputs) = jax.vjp(values, (free, taps), has_aux=True)
+        directions, met = {}, {}
+        for group, (of_free, of_taps) in zip(turn.groups, one_by_one(pull_back, losses), strict=True):
+            directions |= {index: of_free[index] for index in free if owners[index] in group}
+            for index in taps:
+                if owners[index] in group:
+                    met[index] = list(zip(inputs[index], of_taps[index], strict=True))
+        if first_order:
+            directions, met = jax.lax.stop_gradient((directions, met))
+        return directions, jax.lax.stop_gradient(metrics), met
+
+    def step(carry: Any, index: Any, remember: Callable[[Past, Past, Any], Past]) -> tuple[Any, Metrics]:
+        point, states, past = carry
+        record: Metrics = {}
+        with jax.named_scope("inner_step"):
+            step_key = jax.random.fold_in(jax.random.wrap_key_data(bits, impl=kind), index)
+            keys = [step_key] if len(loop.turns) == 1 else jax.random.split(step_key, len(loop.turns))
+            for turn, turn_key in zip(loop.turns, keys, strict=True):
+                directions, metrics, met = take(turn, point, past, turn_key)
+                move = index * turn.each + turn.before
+                for i in met:
+                    directions[i] = jax.nn.one_hot(move, layers[i].moves, dtype=point[i].dtype)
+                direction = of([directions.get(i) for i in range(len(point))], turn.players)
+                here = of(point, turn.players)
+                updates, state = rule.update(direction, states[turn.players], here)
+                moved = {**of(point, list(params)), **optax.apply_updates(here, updates)}
+                point, states = jax.tree.leaves(moved), {**states, turn.players: state}
+                past = remember(past, met, move)
+                record |= metrics
+        return (point, states, past), record
+
+    states = {turn.players: rule.init(of(begin, turn.players)) for turn in loop.turns}
+    if unrolled:
+        carry, traces = (begin, states, {}), []
+        for index in range(loop.num_steps):
+            carry, record = step(carry, index, lambda *a: _longer(layers, *a))
+            traces.append(record)
+        record = jax.tree.map(lambda *rows: jnp.stack(rows), *traces)
+    else:
+        first = {}
+        for turn in loop.turns:
+            first |= take(turn, begin, {}, jax.random.wrap_key_data(bits, impl=kind))[2]
+        carry, record = jax.lax.scan(
+            lambda carry, index: step(carry, index, lambda *a: _filled(layers, *a)),
+            (begin, states, _empty(layers, first)),
+            jnp.arange(loop.num_steps),
+        )
+    point, _, past = carry
+    point = [_kernel(leaves[i], leaf, layers[i], past[i]) if i in layers else leaf for i, leaf in enumerate(point)]
+    return jax.tree.unflatten(structure, point), record
+
+
+def _uses(
+    program: Program, leaves: Sequence[Any], candidates: Sequence[int], varying: Sequence[int], spoiled: set[int]
+) -> list[Use]:
+    """Return the products of a program with candidates; those asked for as arrays are added to `spoiled`."""
+    found: list[Use] = []
+
+    def evaluate(leaves: Sequence[Any]) -> Any:
+        def product(use: Use, x: Array, dot: Dot) -> Array:
+            found.append(use)
+            kernel = leaves[use.kernel]
+            return dot(x, kernel.T if use.transposed else kernel)
+
+        def dense(index: int) -> Array:
+            spoiled.add(index)
+            return leaves[index]
+
+        return run(program, leaves, candidates, product, dense, varying)
+
+    jax.eval_shape(evaluate, leaves)
+    return found
+
+
+def _kernel(base: Array, coordinates: Array, layer: Layer, past: Sequence[tuple[Array, Array]]) -> Array | Factored:
+    """Return the kernel after the moves in `past`."""
+    if not past:
+        return base
+    lefts, scales, rights = [], [], []
+    for use, (x, d) in zip(layer.uses, past, strict=True):
+        moved = coordinates[: d.shape[0]]
+        if use.varies:
+            x, d, scale = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]), jnp.repeat(moved, use.rows)
+        else:  # all moves multiply the same input: one running sum
+            d, scale = jnp.tensordot(moved, d, 1), jnp.ones(use.rows, d.dtype)
+        left, right = (d, x) if use.transposed else (x, d)
+        lefts.append(left)
+        rights.append(right)
+        scales.append(scale)
+    return Factored(base, jnp.concatenate(lefts), jnp.concatenate(scales), jnp.concatenate(rights))
+
+
+def _longer(layers: dict[int, Layer], past: Past, met: Past, move: int) -> Past:
+    """Return the past with one more move."""
+    longer = dict(past)
+    for i, pairs in met.items():
+        before = past.get(i) or [
+            (x[None][:0] if use.varies else x, d[None][:0]) for use, (x, d) in zip(layers[i].uses, pairs, strict=True)
+        ]
+        longer[i] = [
+            (jnp.concatenate([xs, x[None]]) if use.varies else xs, jnp.concatenate([ds, d[None]]))
+            for use, (xs, ds), (x, d) in zip(layers[i].uses, before, pairs, strict=True)
+        ]
+    return longer
+
+
+def _filled(layers: dict[int, Layer], past: Past, met: Past, move: Array) -> Past:
+    """Return the past of fixed length with one more move."""
+    filled = dict(past)
+    for i, pairs in met.items():
+        filled[i] = [
+            (xs.at[move].set(x) if use.varies else xs, ds.at[move].set(d))
+            for use, (xs, ds), (x, d) in zip(layers[i].uses, past[i], pairs, strict=True)
+        ]
+    return filled
+
+
+def _empty(layers: dict[int, Layer], first: Past) -> Past:
+    """Return a past of fixed length, of zeros but for the inputs that never vary."""
+    return {
+        i: [
+            (
+                jnp.zeros((layers[i].moves, *x.shape), x.dtype) if use.varies else x,
+                jnp.zeros((layers[i].moves, *d.shape), d.dtype),
+            )
+            for use, (x, d) in zip(layers[i].uses, pairs, strict=True)
+        ]
+        for i, pairs in first.items()
+    }
+
+
+def _taps(layer: Layer, dtype: Any) -> list[Array]:
+    """Return zeros to add at the output of every use, whose gradients are the D's."""
+    return [jnp.zeros((use.rows, layer.size[0 if use.transposed else 1]), dtype) for use in layer.uses]
+
+
+def _owners(params: Params) -> list[str]:
+    """Return the player of every leaf."""
+    return [name for name in sorted(params) for _ in jax.tree.leaves(params[name])]
+
+
+def is_matrix(leaf: Any) -> bool:
+    """Whether a parameter could be the kernel of a dense layer."""
+    return jnp.ndim(leaf) == 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
