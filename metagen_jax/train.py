@@ -77,8 +77,8 @@ def make_step(
         mesh: a mesh with an axis `task` over which the tasks are spread; None for one device.
         average_decay: of the exponential moving average of the meta-parameters (bias-corrected, so that it begins as
             their plain mean).
-        task_chunk: tasks that are vmapped at a time, a divisor of T (of T per device); None for all. Fewer use less
-            memory; results agree up to the order of summation.
+        task_chunk: tasks that are vmapped at a time, a divisor of T (of T per device); None to choose by device and
+            size (`metagen_jax.meta.batch.automatic_chunk`). Results agree up to the order of summation.
 
     Returns:
         (state, data) -> (state, metrics). The metrics are means over the finite tasks, and: `grad_norm` [],
@@ -93,7 +93,7 @@ def make_step(
     if mesh is not None and "task" not in mesh.shape:
         raise ValueError(f"expected a mesh with an axis 'task', got the axes {tuple(mesh.shape)}")
 
-    total = sum_over_tasks(learner.field, chunk=task_chunk)
+    total = sum_over_tasks(learner.field, chunk="auto" if task_chunk is None else task_chunk)
 
     def over(meta: Params, data: Any, specs: Spec, weights: Array, keys: Key) -> tuple[Params, Metrics, Array]:
         both = jax.vmap(jax.random.split)(keys)

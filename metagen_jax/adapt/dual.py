@@ -31,13 +31,13 @@ from metagen_jax.games import GradientField, one_by_one
 from metagen_jax.types import Array, Examples, Key, Metrics, Params
 
 Past = dict[int, list[tuple[Array, Array]]]
-"""Layer -> for each use what it was given, X [M, R, in] or [R, in] if that never varies, and the gradients D [M, R, out]."""
+"""Layer -> for each use what it was given, X [M, R, in] or [R, in] if that never varies, and the D's [M, R, out]."""
 
 
 class Layer(NamedTuple):
     """A kernel that can be moved in the dual form."""
 
-    index: int  # among the leaves of the parameters
+    leaf: int  # its place among the leaves of the parameters
     player: str
     size: tuple[int, int]  # [in, out]
     moves: int  # M, in the whole inner loop
@@ -86,7 +86,8 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
     movers = {name for players in company for name in players}
     varying = [index for index, name in enumerate(owners) if name in movers] + [len(owners)]  # and the key
     candidates = [index for index in varying[:-1] if is_matrix(leaves[index])]
-    uses, spoiled = {index: () for index in candidates}, set[int]()
+    uses: dict[int, tuple[Use, ...]] = dict.fromkeys(candidates, ())
+    spoiled = set[int]()
     for turn in turns:
         found = _uses(turn.program, leaves, candidates, varying, spoiled)
         for index in candidates:
@@ -94,7 +95,7 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
                 uses[index] = tuple(use for use in found if use.kernel == index and not use.stopped)
     each = {name: turn.each for turn in turns for name in turn.players}
     layers = [
-        Layer(index, owners[index], jnp.shape(leaves[index]), num_steps * each[owners[index]], uses[index])
+        Layer(index, owners[index], leaves[index].shape, num_steps * each[owners[index]], uses[index])
         for index in candidates
         if uses[index] and index not in spoiled
     ]
@@ -127,7 +128,7 @@ def descend(
         The adapted parameters, those of the layers as `Factored` kernels, and the trace of metrics, each [K].
     """
     leaves, structure = jax.tree.flatten(params)
-    owners, layers = _owners(params), {layer.index: layer for layer in loop.layers}
+    owners, layers = _owners(params), {layer.leaf: layer for layer in loop.layers}
     bits, kind = jax.random.key_data(key), jax.random.key_impl(key)  # raw bits, see unroll
     begin = [jnp.zeros(layers[i].moves, leaf.dtype) if i in layers else leaf for i, leaf in enumerate(leaves)]
 
@@ -135,7 +136,7 @@ def descend(
         tree = jax.tree.unflatten(structure, values)
         return {name: tree[name] for name in players}
 
-    def take(turn: Turn, point: Sequence[Array], past: Past, step_key: Key) -> tuple[dict, Metrics, Past]:
+    def take(turn: Turn, point: Sequence[Array], past: Past, step_key: Key) -> tuple[dict[int, Any], Metrics, Past]:
         """Return the directions of what is no layer, the metrics, and (X, D) of every use of the layers that move."""
         kernels = {i: _kernel(leaves[i], point[i], layer, past.get(i, ())) for i, layer in layers.items()}
         mine = [index for index, name in enumerate(owners) if name in turn.players]
@@ -159,7 +160,8 @@ def descend(
             return losses, (metrics, inputs)
 
         losses, pull_back, (metrics, inputs) = jax.vjp(values, (free, taps), has_aux=True)
-        directions, met = {}, {}
+        directions: dict[int, Array] = {}
+        met: Past = {}
         for group, (of_free, of_taps) in zip(turn.groups, one_by_one(pull_back, losses), strict=True):
             directions |= {index: of_free[index] for index in free if owners[index] in group}
             for index in taps:
@@ -191,13 +193,14 @@ def descend(
 
     states = {turn.players: rule.init(of(begin, turn.players)) for turn in loop.turns}
     if unrolled:
-        carry, traces = (begin, states, {}), []
+        carry: Any = (begin, states, {})
+        traces = []
         for index in range(loop.num_steps):
             carry, record = step(carry, index, lambda *a: _longer(layers, *a))
             traces.append(record)
         record = jax.tree.map(lambda *rows: jnp.stack(rows), *traces)
     else:
-        first = {}
+        first: Past = {}
         for turn in loop.turns:
             first |= take(turn, begin, {}, jax.random.wrap_key_data(bits, impl=kind))[2]
         carry, record = jax.lax.scan(

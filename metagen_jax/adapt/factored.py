@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from metagen_jax.adapt.products import Dot, Use, run, trace
 from metagen_jax.types import Adapt, Array, ArrayTree, Examples, Game, Key, Losses, Metrics, Params

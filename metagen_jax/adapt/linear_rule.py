@@ -43,7 +43,7 @@ def is_linear(
     try:
         with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"):
             begin, rule = start(start.extend(jax.tree.map(jnp.asarray, small)))
-            if jax.tree.structure(begin) != jax.tree.structure(params):
+            if str(jax.tree.structure(begin)) != str(jax.tree.structure(params)):
                 return False
             for players, moves in groups:
                 deviation = jax.jit(functools.partial(_deviation, rule, begin, kernels, players, moves))

@@ -82,7 +82,7 @@ def run(
 class _Kernel(NamedTuple):
     """Stands in a program where a kernel would be."""
 
-    index: int
+    argument: int
     transposed: bool = False
     dtype: Any = None  # that it was cast to
     stopped: bool = False
@@ -153,7 +153,7 @@ class _Frame:
 
         transposed = (contract[side][0] == 1) != kernel.transposed
         rows = other.reshape(-1, size)
-        use = Use(kernel.index, transposed, rows.shape[0], varying[1 - side], kernel.stopped)
+        use = Use(kernel.argument, transposed, rows.shape[0], varying[1 - side], kernel.stopped)
         made = self.product(use, rows, dot)
         made = made.reshape(*free, made.shape[-1])
         return jnp.moveaxis(made, -1, 0) if side == 0 else made
@@ -181,7 +181,7 @@ class _Frame:
     def array(self, value: Any) -> Any:
         if not isinstance(value, _Kernel):
             return value
-        array = self.dense(value.index)
+        array = self.dense(value.argument)
         array = array.T if value.transposed else array
         array = array if value.dtype is None else array.astype(value.dtype)
         return jax.lax.stop_gradient(array) if value.stopped else array

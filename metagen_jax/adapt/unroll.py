@@ -9,7 +9,7 @@ key of step k is fold_in(key, k).
 There are two forms of the loop, equal to rounding. The plain form makes every parameter of every step. The dual form
 (`metagen_jax.adapt.dual`) moves dense layers without forming their kernels, where the rule allows it. "auto" takes it
 
-- where every field is one of `vector_field`, and the inner gradient is differentiated in reverse and recomputes nothing;
+- where every field is one of `vector_field`, and the inner gradient is differentiated in reverse, recomputing nothing;
 - where the rule is linear in the gradients of a kernel, with one number for all its entries: descent and momentum;
 - for those kernels that are met in matrix products only, and that take up few outer products, at most
   0.4 in out / (in + out) in the whole inner loop: steps times examples, those of an input that never varies once.
@@ -31,7 +31,7 @@ from metagen_jax.adapt.linear_rule import is_linear
 from metagen_jax.adapt.safety import check_differentiable
 from metagen_jax.adapt.starts import Start
 from metagen_jax.games import GradientField
-from metagen_jax.types import Adapt, Array, Examples, Field, Key, Metrics, Params
+from metagen_jax.types import Array, Examples, Field, Key, Metrics, Params
 from metagen_jax.types import Start as AnyStart
 
 InnerGrad = Literal["reverse", "forward_over_reverse"]
@@ -106,6 +106,7 @@ def unroll(
     unchecked = [rule for rule in rules if not check_differentiable(rule)]
     fields = _turns(field)
     takes = [_route(field, inner_grad) for field in fields]
+    games = [field for field in fields if isinstance(field, GradientField)]
     obstacle = _obstacle(fields, start, inner_grad, remat)
     if form == "dual" and obstacle:
         raise ValueError(f"form='dual' does not apply: {obstacle}; use form='auto' or 'plain'")
@@ -118,7 +119,7 @@ def unroll(
         params, _ = start(meta)
         if form == "auto" and not any(_may_pay(leaf, support) for leaf in jax.tree.leaves(params)):
             return None
-        found = dual.prepare(fields, num_steps, params, key, support)
+        found = dual.prepare(games, num_steps, params, key, support)
         chosen = [layer for layer in found.layers if form == "dual" or pays(layer)]
         if chosen and not _follows(linear, start, params, found, chosen):
             chosen = []
@@ -211,7 +212,7 @@ def _follows(
 ) -> bool:
     """Whether the rule moves these layers linearly; what was tried once is known."""
     groups = tuple({turn.players: turn.each * loop.num_steps for turn in loop.turns}.items())
-    kernels = tuple(layer.index for layer in layers)
+    kernels = tuple(layer.leaf for layer in layers)
     question = (jax.tree.structure(params), kernels, groups)
     if question not in known and isinstance(start, Start):
         known[question] = is_linear(start, params, kernels, groups)

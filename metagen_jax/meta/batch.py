@@ -2,53 +2,89 @@
 
 The sum is differentiated as one game, not task by task, so that parameters which all tasks share get one gradient
 (one matrix product over all tasks) instead of one for each task.
+
+How many tasks are taken at a time changes speed and memory, and results up to the order of summation only. An
+accelerator wants all of them. On a CPU what the inner loop makes for each task should stay in the cache, so that many
+tasks of a loop that moves little are taken together, and those of one that moves all weights one after the other.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metagen_jax.adapt.factored import Factored, is_factored
+from metagen_jax.adapt.factored import Factored, compact, is_factored
 from metagen_jax.games import GradientField, vector_field
-from metagen_jax.meta.outer import Displacement
-from metagen_jax.types import Array, Field, Key, Losses, Metrics, Params, Task
+from metagen_jax.meta.outer import Displacement, TaskGame
+from metagen_jax.types import Adapt, Array, Field, Key, Losses, Metrics, Params, Task
 
 TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
 """(meta, keys [T], tasks [T, ...], weights [T]) -> (sum of weight * direction, metrics [T, ...])."""
+CACHE = 4 * 2**20
+"""Bytes that the tasks taken at a time may make on a CPU, if not told otherwise."""
 
 
-def sum_over_tasks(field: Field, *, chunk: int | None = None) -> TotalField:
-    """Return the weighted sum of `field` over a batch of tasks, `chunk` of them vmapped at a time (None for all).
+def sum_over_tasks(field: Field, *, chunk: int | Literal["auto"] | None = None) -> TotalField:
+    """Return the weighted sum of `field` over a batch of tasks.
+
+    Args:
+        field: whose batch is one task.
+        chunk: tasks vmapped at a time, the chunks one after the other; None for all, "auto" for `automatic_chunk`.
 
     Raises:
         ValueError: a chunk below one; when called, one that does not divide the number of tasks.
     """
-    if chunk is not None and chunk < 1:
+    if isinstance(chunk, int) and chunk < 1:
         raise ValueError(f"task_chunk must be at least 1, got {chunk}")
     together = _as_one_game(field) if isinstance(field, GradientField) else _one_by_one(field)
 
     def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
         num_tasks = weights.shape[0]
-        if chunk is None or chunk == num_tasks:
+        size = automatic_chunk(field, meta, keys, tasks) if chunk == "auto" else chunk or num_tasks
+        if size == num_tasks:
             return together(meta, keys, tasks, weights)
-        if num_tasks % chunk:
-            raise ValueError(f"task_chunk={chunk} does not divide the {num_tasks} tasks of a device; choose a divisor")
-        pieces = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), (keys, tasks, weights))
+        if num_tasks % size:
+            raise ValueError(f"task_chunk={size} does not divide the {num_tasks} tasks of a device; choose a divisor")
+        pieces = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (keys, tasks, weights))
 
         def add(sum_so_far: Params, piece: Any) -> tuple[Params, Metrics]:
             direction, metrics = together(meta, *piece)
             return jax.tree.map(jnp.add, sum_so_far, direction), metrics
 
-        first = jax.tree.map(lambda leaf: leaf[:chunk], (jax.random.clone(keys), tasks, weights))
+        first = jax.tree.map(lambda leaf: leaf[:size], (jax.random.clone(keys), tasks, weights))
         shapes, _ = jax.eval_shape(together, meta, *first)
         zero = jax.tree.map(lambda leaf: _like(jnp.zeros(leaf.shape, leaf.dtype), weights), shapes)
         direction, metrics = jax.lax.scan(add, zero, pieces)
         return direction, jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), metrics)
 
     return total
+
+
+def automatic_chunk(field: Field, meta: Params, keys: Key, tasks: Task) -> int:
+    """Return how many tasks to take at a time: all on accelerators, on CPUs as many as leave `CACHE` bytes moved.
+
+    Counted is what the adapter of the field makes for a task: moved parameters, and of kernels in the dual form what
+    they took up. A field without an adapter (joint training) takes all tasks together.
+    """
+    num_tasks = keys.shape[0]
+    adapt = _adapt_of(field)
+    if adapt is None or num_tasks == 1 or jax.default_backend() != "cpu":
+        return num_tasks
+    support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
+    arguments = (meta, jax.random.clone(keys)[0], support)
+    made = jax.make_jaxpr(compact(adapt))(*arguments).jaxpr
+    moved = [variable.aval for variable in made.outvars if variable not in made.invars]
+    each = sum(aval.size * aval.dtype.itemsize for aval in moved)
+    return max(n for n in range(1, num_tasks + 1) if num_tasks % n == 0 and (n == 1 or n * each <= CACHE))
+
+
+def _adapt_of(field: Field) -> Adapt | None:
+    if isinstance(field, Displacement):
+        return field.adapt
+    game = getattr(field, "game", None)
+    return game.adapt if isinstance(game, TaskGame) else None
 
 
 def finite_sum(
@@ -113,11 +149,11 @@ def _as_one_game(field: GradientField) -> TotalField:
             named = {f"loss/{group[0]}": value for group, value in zip(groups, values, strict=True)}
             return values, {**metrics, **(named if len(groups) > 1 else {"loss": values[0]})}
 
-        values, metrics = jax.vmap(one)(keys, tasks)
+        values, metrics = _each(one)(keys, tasks)
         totals: Losses = {}
         for group, value in zip(groups, values, strict=True):
             totals |= dict.fromkeys(group, (weights * value).sum())
-        return totals, {"tasks": metrics}  # type: ignore[dict-item]
+        return totals, {"tasks": metrics}
 
     summed = vector_field(game, field.players)
 
@@ -132,10 +168,22 @@ def _one_by_one(field: Field) -> TotalField:
     take = field.compact if isinstance(field, Displacement) else field
 
     def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
-        directions, metrics = jax.vmap(lambda key, task: take(meta, key, task))(keys, tasks)
+        directions, metrics = _each(lambda key, task: take(meta, key, task))(keys, tasks)
         return jax.tree.map(lambda leaf: _weighted(weights, leaf), directions, is_leaf=is_factored), metrics
 
     return total
+
+
+def _each(function: Callable[[Key, Task], Any]) -> Callable[[Key, Task], Any]:
+    """Return the function of a batch of tasks; a single task is not vmapped, so that its products stay plain ones."""
+
+    def batched(keys: Key, tasks: Task) -> Any:
+        if keys.shape[0] > 1:
+            return jax.vmap(function)(keys, tasks)
+        one = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), (keys, tasks))
+        return jax.tree.map(lambda leaf: leaf[None], function(*one))
+
+    return batched
 
 
 def _weighted(weights: Array, leaf: Array | Factored) -> Array:

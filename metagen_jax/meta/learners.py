@@ -67,7 +67,7 @@ def maml(
         shaping: of a game with rivals, take player p's meta-gradient d L_p(phi_K(meta), Q) / d meta_p whole, through
             what its rivals have adapted to; False leaves that path out (`without_shaping`), in which a discriminator
             is rewarded for teaching the generator badly. A model of one loss does not notice.
-        **options: of `unroll` (first_order, inner_grad, remat).
+        **options: of `unroll` (first_order, inner_grad, remat, form, loop).
 
     Source: Finn, Abbeel & Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
     """
@@ -83,15 +83,18 @@ def fomaml(
     *,
     players: Sequence[str] | None = None,
     dynamics: Dynamics = vector_field,
+    **options: Any,
 ) -> MetaLearner:
     """First-order MAML: the meta-gradient with d phi_K / d meta taken as the identity.
 
     Source: Finn, Abbeel & Levine, 2017, section 5.2; Nichol, Achiam & Schulman, 2018.
     """
-    return maml(model, start, num_steps, players=players, dynamics=dynamics, first_order=True)
+    return maml(model, start, num_steps, players=players, dynamics=dynamics, first_order=True, **options)
 
 
-def reptile(model: Model, start: AnyStart, num_steps: int, *, dynamics: Dynamics = vector_field) -> MetaLearner:
+def reptile(
+    model: Model, start: AnyStart, num_steps: int, *, dynamics: Dynamics = vector_field, **options: Any
+) -> MetaLearner:
     """Reptile: meta <- meta + b mean_t (phi_K(meta, S_t) - meta). Everything moves, and learned rates would not learn.
 
     Raises:
@@ -102,7 +105,7 @@ def reptile(model: Model, start: AnyStart, num_steps: int, *, dynamics: Dynamics
     if isinstance(start, Start) and start.learns:
         raise ValueError("Reptile's displacement cannot teach a start with learned parameters; use fixed(...)")
     field = dynamics(model.game, None)
-    adapt = unroll(field, start, num_steps, first_order=True)
+    adapt = unroll(field, start, num_steps, first_order=True, **options)
     return MetaLearner(_init(model, start), adapt, displacement(adapt), trajectory(field, start))
 
 

@@ -16,7 +16,19 @@ from metagen_jax.games import GradientField, vector_field
 from metagen_jax.types import Adapt, Array, Field, Game, Key, Losses, Metrics, Params, Task, player_of
 
 
-def over_tasks(game: Game, adapt: Adapt) -> Game:
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskGame:
+    """A game over one `Task` that knows how it adapts. Calling it is calling `play`."""
+
+    play: Game
+    adapt: Adapt
+
+    def __call__(self, meta: Params, key: Key, task: Task, /) -> tuple[Losses, Metrics]:
+        """Return `play(meta, key, task)`."""
+        return self.play(meta, key, task)
+
+
+def over_tasks(game: Game, adapt: Adapt) -> TaskGame:
     """Return the game over tasks: adapt to the support, be judged on the query.
 
     Meta-players that the game itself does not score (learned rates, a learned rule) follow their owner's loss.
@@ -36,7 +48,7 @@ def over_tasks(game: Game, adapt: Adapt) -> Game:
         losses, metrics = play(game, params, query_key, task.query)
         return {name: player_of(name, losses) for name in meta}, {**metrics, **_prefixed(trace)}
 
-    return outer
+    return TaskGame(outer, adapt)
 
 
 def through(game: Game, adapt: Adapt) -> GradientField:
@@ -55,6 +67,7 @@ class Displacement:
     """Reptile's field. Calling it gives arrays; `compact` leaves the displacements of dual layers factored."""
 
     compact: Field
+    adapt: Adapt
 
     def __call__(self, meta: Params, key: Key, task: Task, /) -> tuple[Params, Metrics]:
         """Return ({player: meta minus adapted}, metrics)."""
@@ -71,7 +84,7 @@ def displacement(adapt: Adapt) -> Displacement:
     """
 
     def between(adapted: Array | Factored, begin: Array) -> Array | Factored:
-        if is_factored(adapted):
+        if isinstance(adapted, Factored):
             return dataclasses.replace(adapted, base=None, scale=-adapted.scale)
         return begin - adapted
 
@@ -81,7 +94,7 @@ def displacement(adapt: Adapt) -> Displacement:
         begin = {name: meta[name] for name in moved}
         return jax.tree.map(between, moved, begin, is_leaf=is_factored), _prefixed(trace)
 
-    return Displacement(field)
+    return Displacement(field, adapt)
 
 
 def _prefixed(trace: Metrics) -> Metrics:
