@@ -18,12 +18,12 @@ import optax
 from metagen_jax.adapt.factored import Factored, compact, is_factored
 from metagen_jax.games import GradientField, vector_field
 from metagen_jax.meta.outer import Displacement, TaskGame
-from metagen_jax.types import Adapt, Array, Field, Key, Losses, Metrics, Params, Task
+from metagen_jax.types import Adapt, Array, Examples, Field, Key, Losses, Metrics, Params, Task
 
 TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
 """(meta, keys [T], tasks [T, ...], weights [T]) -> (sum of weight * direction, metrics [T, ...])."""
-CACHE = 4 * 2**20
-"""Bytes that the tasks taken at a time may make on a CPU, if not told otherwise."""
+MOVED, TAKEN_UP = 2**20, 2**22
+"""Bytes of moved parameters, and of outer products in the dual form, of the tasks that a CPU takes at a time."""
 
 
 def sum_over_tasks(field: Field, *, chunk: int | Literal["auto"] | None = None) -> TotalField:
@@ -63,21 +63,33 @@ def sum_over_tasks(field: Field, *, chunk: int | Literal["auto"] | None = None) 
 
 
 def automatic_chunk(field: Field, meta: Params, keys: Key, tasks: Task) -> int:
-    """Return how many tasks to take at a time: all on accelerators, on CPUs as many as leave `CACHE` bytes moved.
+    """Return how many tasks to take at a time: all on accelerators, on CPUs as many as the cache holds.
 
-    Counted is what the adapter of the field makes for a task: moved parameters, and of kernels in the dual form what
-    they took up. A field without an adapter (joint training) takes all tasks together.
+    Counted is what the adapter of the field makes for a task: parameters that move, at most `MOVED` bytes in all, and
+    of kernels in the dual form what they took up, at most `TAKEN_UP` bytes. A field without an adapter (joint training)
+    takes all tasks together.
     """
     num_tasks = keys.shape[0]
     adapt = _adapt_of(field)
     if adapt is None or num_tasks == 1 or jax.default_backend() != "cpu":
         return num_tasks
+    factored: list[bool] = []
+
+    def made(meta: Params, key: Key, support: Examples) -> list[Any]:
+        params, _ = compact(adapt)(meta, key, support)
+        leaves = jax.tree.leaves(params, is_leaf=is_factored)
+        factored[:] = [is_factored(leaf) for leaf in leaves]
+        return [(leaf.left, leaf.right) if is_factored(leaf) else leaf for leaf in leaves]
+
     support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
-    arguments = (meta, jax.random.clone(keys)[0], support)
-    made = jax.make_jaxpr(compact(adapt))(*arguments).jaxpr
-    moved = [variable.aval for variable in made.outvars if variable not in made.invars]
-    each = sum(aval.size * aval.dtype.itemsize for aval in moved)
-    return max(n for n in range(1, num_tasks + 1) if num_tasks % n == 0 and (n == 1 or n * each <= CACHE))
+    traced, shapes = jax.make_jaxpr(made, return_shape=True)(meta, jax.random.clone(keys)[0], support)
+    outputs = jax.tree.unflatten(jax.tree.structure(shapes), traced.jaxpr.outvars)
+    still, sizes = set(traced.jaxpr.invars), {True: 0, False: 0}
+    for kind, variables in zip(factored, outputs, strict=True):
+        moved = [variable.aval for variable in jax.tree.leaves(variables) if variable not in still]
+        sizes[kind] += sum(aval.size * aval.dtype.itemsize for aval in moved)
+    fits = [n for n in range(1, num_tasks + 1) if n * sizes[False] <= MOVED and n * sizes[True] <= TAKEN_UP]
+    return max([1, *(n for n in fits if num_tasks % n == 0)])
 
 
 def _adapt_of(field: Field) -> Adapt | None:
