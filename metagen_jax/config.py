@@ -66,6 +66,11 @@ class ModelConfig:
     """auto: bernoulli for binary images, gaussian otherwise"""
     beta: float = 1.0
     """weight of the KL term in the loss"""
+    convolution: Literal["auto", "product", "lax"] = "auto"
+    """form of convolutions: patches and a matrix product (product), or the grouped convolution that XLA makes of
+    kernels that differ by task (lax); auto: product"""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """of the factors of matrix products and convolutions; everything else is float32"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,10 @@ class InnerConfig:
     """how the inner gradient is differentiated: equal results, less memory with forward_over_reverse"""
     remat: Literal["none", "step", "nested"] = "none"
     """what of the inner loop is recomputed instead of stored: equal results"""
+    form: Literal["auto", "plain", "dual"] = "auto"
+    """whether dense layers move without forming their kernels (dual): equal results; auto: where it applies and pays"""
+    loop: Literal["auto", "scan", "peeled", "unrolled"] = "auto"
+    """whether the inner steps are compiled as one, the first one apart, or each apart: equal results"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +164,7 @@ class OuterConfig:
     warm_start_rate: float | None = None
     """peak rate of Adam in joint training; 2e-3 (vae), 3e-4 (others) if not given"""
     task_chunk: int | None = None
-    """tasks vmapped at a time; fewer use less memory"""
+    """tasks vmapped at a time; fewer use less memory; chosen by device and size if not given"""
 
 
 @dataclasses.dataclass(frozen=True)

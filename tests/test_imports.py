@@ -26,6 +26,8 @@ ARROWS = {
     "train": "types tasks adapt meta",
     "config": "",
     "build": "types config games dynamics tasks models adapt meta train",
+    "cost": "",
+    "plan": "types config cost models adapt meta train build",
     "baselines": "types config tasks adapt meta metrics train build",
     "checkpoint": "types train",
     "run_directory": "config tasks build",

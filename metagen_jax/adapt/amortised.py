@@ -33,7 +33,7 @@ def amortised(embed: Embed, then: Adapt | None = None) -> Adapter:
         read = {**meta, **embed(meta, support)}
         return (read, {}) if then is None else compact(then)(read, key, support)
 
-    return Adapter(adapt)
+    return Adapter(adapt, isinstance(then, Adapter) and then.first_order)
 
 
 def amortised_path(embed: Embed, path: Path) -> Path:

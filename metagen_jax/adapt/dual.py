@@ -18,6 +18,7 @@ Sources: Irie, Csordas & Schmidhuber, The Dual Form of Neural Networks Revisited
 at Test Time), 2024, section 2.5.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from metagen_jax.adapt.factored import Factored, dense, multiply
-from metagen_jax.adapt.products import Dot, Program, Use, run, trace
+from metagen_jax.adapt.products import Dot, Program, Use, is_matrix, run, taps, trace, uses_of
 from metagen_jax.games import GradientField, one_by_one
 from metagen_jax.types import Array, Examples, Key, Metrics, Params
 
@@ -52,6 +53,7 @@ class Layer(NamedTuple):
 class Turn(NamedTuple):
     """One of the fields that take turns in an inner step, as a program."""
 
+    number: int
     program: Program  # (params, key, support) -> losses of the groups, metrics
     groups: list[list[str]]  # players that move, those that share a loss together
     players: tuple[str, ...]  # the same in one line
@@ -65,6 +67,7 @@ class Loop(NamedTuple):
     turns: list[Turn]
     layers: list[Layer]
     num_steps: int
+    varying: list[int]  # which of the leaves of (params, key, support) differ from step to step
 
 
 def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key: Key, support: Examples) -> Loop:
@@ -75,6 +78,7 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
     company = [tuple(name for group in groups for name in group) for groups in groups_of]
     turns = [
         Turn(
+            number,
             trace(lambda *a, field=field: field.scores(*a)[1:], *arguments),
             groups,
             players,
@@ -89,7 +93,8 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
     uses: dict[int, tuple[Use, ...]] = dict.fromkeys(candidates, ())
     spoiled = set[int]()
     for turn in turns:
-        found = _uses(turn.program, leaves, candidates, varying, spoiled)
+        found, asked = uses_of(turn.program, leaves, candidates, varying)
+        spoiled |= asked
         for index in candidates:
             if owners[index] in turn.players:
                 uses[index] = tuple(use for use in found if use.kernel == index and not use.stopped)
@@ -99,7 +104,7 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
         for index in candidates
         if uses[index] and index not in spoiled
     ]
-    return Loop(turns, layers, num_steps)
+    return Loop(turns, layers, num_steps, varying)
 
 
 def descend(
@@ -132,6 +137,8 @@ def descend(
     bits, kind = jax.random.key_data(key), jax.random.key_impl(key)  # raw bits, see unroll
     begin = [jnp.zeros(layers[i].moves, leaf.dtype) if i in layers else leaf for i, leaf in enumerate(leaves)]
 
+    constant: dict[tuple[int, int, int], Array] = {}  # products that are the same in every step
+
     def of(values: Sequence[Any], players: Sequence[str]) -> Params:
         tree = jax.tree.unflatten(structure, values)
         return {name: tree[name] for name in players}
@@ -141,30 +148,41 @@ def descend(
         kernels = {i: _kernel(leaves[i], point[i], layer, past.get(i, ())) for i, layer in layers.items()}
         mine = [index for index, name in enumerate(owners) if name in turn.players]
         free = {index: point[index] for index in mine if index not in layers}
-        taps = {index: _taps(layers[index], leaves[index].dtype) for index in mine if index in layers}
+        zeros = {index: taps(layers[index].uses, leaves[index]) for index in mine if index in layers}
 
         def values(given: tuple[dict, dict]) -> tuple[list[Array], tuple[Metrics, dict]]:
-            free, taps = given
-            inputs: dict[int, list[Array]] = {index: [] for index in taps}
+            free, zeros = given
+            inputs: dict[int, list[Array]] = {index: [] for index in zeros}
+            seen = collections.Counter[int]()
 
             def product(use: Use, x: Array, dot: Dot) -> Array:
-                made = multiply(kernels[use.kernel], use, x, dot)
-                if use.stopped or use.kernel not in taps:
+                seen[use.kernel] += 1
+                shared = None
+                if not use.varies and not use.stopped:  # no move changes it, so that it is made once
+                    place = (turn.number, use.kernel, seen[use.kernel])
+                    if place not in constant:
+                        base = leaves[use.kernel]
+                        constant[place] = dot(x, base.T if use.transposed else base)
+                    shared = constant[place]
+                made = multiply(kernels[use.kernel], use, x, dot, shared)
+                if use.stopped or use.kernel not in zeros:
                     return made
                 inputs[use.kernel].append(x)
-                return made + taps[use.kernel][len(inputs[use.kernel]) - 1].astype(made.dtype)
+                return made + zeros[use.kernel][len(inputs[use.kernel]) - 1].astype(made.dtype)
 
             current = [free.get(index, leaf) for index, leaf in enumerate(point)]
             arguments = [*current, *jax.tree.leaves((step_key, support))]
-            losses, metrics = run(turn.program, arguments, tuple(layers), product, lambda index: dense(kernels[index]))
+            losses, metrics = run(
+                turn.program, arguments, tuple(layers), product, lambda index: dense(kernels[index]), loop.varying
+            )
             return losses, (metrics, inputs)
 
-        losses, pull_back, (metrics, inputs) = jax.vjp(values, (free, taps), has_aux=True)
+        losses, pull_back, (metrics, inputs) = jax.vjp(values, (free, zeros), has_aux=True)
         directions: dict[int, Array] = {}
         met: Past = {}
         for group, (of_free, of_taps) in zip(turn.groups, one_by_one(pull_back, losses), strict=True):
             directions |= {index: of_free[index] for index in free if owners[index] in group}
-            for index in taps:
+            for index in zeros:
                 if owners[index] in group:
                     met[index] = list(zip(inputs[index], of_taps[index], strict=True))
         if first_order:
@@ -211,28 +229,6 @@ def descend(
     point, _, past = carry
     point = [_kernel(leaves[i], leaf, layers[i], past[i]) if i in layers else leaf for i, leaf in enumerate(point)]
     return jax.tree.unflatten(structure, point), record
-
-
-def _uses(
-    program: Program, leaves: Sequence[Any], candidates: Sequence[int], varying: Sequence[int], spoiled: set[int]
-) -> list[Use]:
-    """Return the products of a program with candidates; those asked for as arrays are added to `spoiled`."""
-    found: list[Use] = []
-
-    def evaluate(leaves: Sequence[Any]) -> Any:
-        def product(use: Use, x: Array, dot: Dot) -> Array:
-            found.append(use)
-            kernel = leaves[use.kernel]
-            return dot(x, kernel.T if use.transposed else kernel)
-
-        def dense(index: int) -> Array:
-            spoiled.add(index)
-            return leaves[index]
-
-        return run(program, leaves, candidates, product, dense, varying)
-
-    jax.eval_shape(evaluate, leaves)
-    return found
 
 
 def _kernel(base: Array, coordinates: Array, layer: Layer, past: Sequence[tuple[Array, Array]]) -> Array | Factored:
@@ -292,16 +288,6 @@ def _empty(layers: dict[int, Layer], first: Past) -> Past:
     }
 
 
-def _taps(layer: Layer, dtype: Any) -> list[Array]:
-    """Return zeros to add at the output of every use, whose gradients are the D's."""
-    return [jnp.zeros((use.rows, layer.size[0 if use.transposed else 1]), dtype) for use in layer.uses]
-
-
 def _owners(params: Params) -> list[str]:
     """Return the player of every leaf."""
     return [name for name in sorted(params) for _ in jax.tree.leaves(params[name])]
-
-
-def is_matrix(leaf: Any) -> bool:
-    """Whether a parameter could be the kernel of a dense layer."""
-    return jnp.ndim(leaf) == 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -37,6 +37,7 @@ class Adapter:
     """An adapter that can leave kernels factored: `compact` does, calling it returns all of them as arrays."""
 
     compact: Adapt
+    first_order: bool = False  # whether no gradient passes through its steps
 
     def __call__(self, meta: Params, key: Key, support: Examples, /) -> tuple[Params, Metrics]:
         """Return (params, trace) with every kernel an array."""
@@ -59,16 +60,18 @@ def dense(tree: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda leaf: leaf.dense() if is_factored(leaf) else leaf, tree, is_leaf=is_factored)
 
 
-def multiply(kernel: Array | Factored, use: Use, x: Array, dot: Dot) -> Array:
-    """Return x W, or x W^T where the use is transposed, for a matrix of rows x."""
+def multiply(kernel: Array | Factored, use: Use, x: Array, dot: Dot, shared: Array | None = None) -> Array:
+    """Return x W, or x W^T where the use is transposed, for a matrix of rows x; `shared` is that of the base alone."""
     kernel = jax.lax.stop_gradient(kernel) if use.stopped else kernel
+    base = kernel.base if isinstance(kernel, Factored) else kernel
+    if shared is None and base is not None:
+        shared = dot(x, base.T if use.transposed else base)
     if not isinstance(kernel, Factored):
-        return dot(x, kernel.T if use.transposed else kernel)
+        assert shared is not None  # only a factored kernel may lack a base
+        return shared
     first, second = (kernel.right, kernel.left) if use.transposed else (kernel.left, kernel.right)
     change = dot(dot(x, first.T) * kernel.scale[None], second)
-    if kernel.base is None:
-        return change
-    return dot(x, kernel.base.T if use.transposed else kernel.base) + change
+    return change if shared is None else shared + change
 
 
 def play(game: Game, params: Params, key: Key, batch: Any) -> tuple[Losses, Metrics]:

@@ -79,6 +79,39 @@ def run(
     return jax.tree.unflatten(program.structure, outputs)
 
 
+def uses_of(
+    program: Program, leaves: Sequence[Any], candidates: Sequence[int], varying: Sequence[int] = ()
+) -> tuple[list[Use], set[int]]:
+    """Return the products of a program with candidates for kernels, and the candidates that it asks for as arrays."""
+    found: list[Use] = []
+    asked: set[int] = set()
+
+    def evaluate(leaves: Sequence[Any]) -> Any:
+        def product(use: Use, x: Array, dot: Dot) -> Array:
+            found.append(use)
+            kernel = leaves[use.kernel]
+            return dot(x, kernel.T if use.transposed else kernel)
+
+        def dense(index: int) -> Array:
+            asked.add(index)
+            return leaves[index]
+
+        return run(program, leaves, candidates, product, dense, varying)
+
+    jax.eval_shape(evaluate, leaves)
+    return found, asked
+
+
+def is_matrix(leaf: Any) -> bool:
+    """Whether an array could be the kernel of a dense layer."""
+    return jnp.ndim(leaf) == 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def taps(uses: Sequence[Use], kernel: Array) -> list[Array]:
+    """Return zeros to add to the products with a kernel, one for each use, whose gradients are those of the products."""
+    return [jnp.zeros((use.rows, kernel.shape[0 if use.transposed else 1]), kernel.dtype) for use in uses]
+
+
 class _Kernel(NamedTuple):
     """Stands in a program where a kernel would be."""
 

@@ -28,6 +28,7 @@ import optax
 from metagen_jax.adapt import dual
 from metagen_jax.adapt.factored import Adapter
 from metagen_jax.adapt.linear_rule import is_linear
+from metagen_jax.adapt.products import is_matrix
 from metagen_jax.adapt.safety import check_differentiable
 from metagen_jax.adapt.starts import Start
 from metagen_jax.games import GradientField
@@ -143,7 +144,7 @@ def unroll(
         (moving, _), trace = _scan(step, carry, num_steps, remat, loop)
         return {**params, **moving}, trace
 
-    return Adapter(adapt)
+    return Adapter(adapt, first_order)
 
 
 def pays(layer: dual.Layer) -> bool:
@@ -155,7 +156,7 @@ def pays(layer: dual.Layer) -> bool:
 def _may_pay(leaf: Array, support: Examples) -> bool:
     """Whether the dual form of a kernel of this size could be worth it, were each example met once."""
     num = jax.tree.leaves(support)[0].shape[0] if support is not None else 1
-    return dual.is_matrix(leaf) and num * sum(leaf.shape) <= PAYS * leaf.size
+    return is_matrix(leaf) and num * sum(leaf.shape) <= PAYS * leaf.size
 
 
 def trajectory(field: Field | Sequence[Field], start: AnyStart) -> Path:

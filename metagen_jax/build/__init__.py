@@ -1,8 +1,9 @@
-"""From a configuration to functions: data and splits, model, learner, outer rule."""
+"""From a configuration to functions: data and splits, model, learner, outer rule, the meta-step."""
 
 from metagen_jax.build.data import TRANSLATION, Part, Parts, family, pairs_of_domains, parts, specs, take
-from metagen_jax.build.learners import dynamics, learner, outer, sgd
+from metagen_jax.build.learners import dynamics, learner, moving, outer, sgd
 from metagen_jax.build.models import Built, Roles, model, roles
+from metagen_jax.build.trainings import Training, meta_step, training
 
 __all__ = [
     "TRANSLATION",
@@ -10,10 +11,13 @@ __all__ = [
     "Part",
     "Parts",
     "Roles",
+    "Training",
     "dynamics",
     "family",
     "learner",
+    "meta_step",
     "model",
+    "moving",
     "outer",
     "pairs_of_domains",
     "parts",
@@ -21,4 +25,5 @@ __all__ = [
     "sgd",
     "specs",
     "take",
+    "training",
 ]

@@ -26,13 +26,14 @@ def learner(config: TrainConfig, built: Built) -> MetaLearner:
     players = moving(config, role)
     rates = {player: given(inner.fast_rate) if player in role.fast else inner.rate for player in players}
     plain, play = fixed(sgd(rates)), dynamics(config.adversarial, role)
+    how: dict[str, Any] = {"form": inner.form, "loop": inner.loop}
     if name in ("joint", "reptile") and inner.rates not in ("auto", "fixed"):
         raise ValueError(f"{name} has fixed inner rates, got inner.rates={inner.rates}; leave it at auto")
     if name == "joint":
         return joint(built.model, plain, inner.steps, players=players, learns=role.joint, dynamics=play)
     if name == "reptile":
-        return reptile(built.model, plain, inner.steps, dynamics=play)
-    gradient: dict[str, Any] = {"inner_grad": inner.inner_grad, "remat": inner.remat}
+        return reptile(built.model, plain, inner.steps, dynamics=play, **how)
+    gradient: dict[str, Any] = {"inner_grad": inner.inner_grad, "remat": inner.remat, **how}
     gradient["shaping"] = config.adversarial.shaping
     if name == "meta_sgd":
         return meta_sgd(built.model, rates, inner.steps, players=players, dynamics=play, **gradient)
@@ -42,7 +43,7 @@ def learner(config: TrainConfig, built: Built) -> MetaLearner:
             raise ValueError(f"amortised needs a model that reads its support, so far gan; got {config.model}")
         return amortised(built.model, built.embed, start, inner.steps, players=players, dynamics=play, **gradient)
     if name == "fomaml":
-        return fomaml(built.model, start, inner.steps, players=players, dynamics=play)
+        return fomaml(built.model, start, inner.steps, players=players, dynamics=play, **how)
     if name == "anil":
         return anil(built.model, start, inner.steps, head=players, dynamics=play, **gradient)
     return maml(built.model, start, inner.steps, players=players, dynamics=play, **gradient)

@@ -1,5 +1,6 @@
 """From a configuration to a model, and what its players are to a learner."""
 
+import math
 from typing import NamedTuple
 
 from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, given
@@ -53,13 +54,13 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
             penalty=_penalty(game),
         )
     encoder, decoder = _pair(network, event, network.latents, leaky=True)
+    judged = network.latents if config.model == "aae" else math.prod(event) + network.latents
+    sizes = game.discriminator or network.hidden
+    judge = mlp((judged,), sizes, (1,), activation=leaky_relu, precision=network.precision)
     if config.model == "aae":
-        judge = mlp((network.latents,), game.discriminator or network.hidden, (1,), activation=leaky_relu)
         return adversarial_autoencoder(
             encoder, decoder, judge, _likelihood(network, binary), network.latents, weight=game.weight, loss=_loss(game)
         )
-    pixels = event[0] * event[1] * event[2]
-    judge = mlp((pixels + network.latents,), game.discriminator or network.hidden, (1,), activation=leaky_relu)
     return bidirectional_gan(encoder, decoder, judge, network.latents, form=game.form)
 
 
@@ -91,7 +92,12 @@ def roles(config: TrainConfig, built: Built) -> Roles:
 def _gan(config: TrainConfig, event: Event) -> Gan:
     network, game = config.network, config.adversarial
     if game.preset:
-        generator, discriminator = (mlp_gan if network.network == "mlp" else conv_gan)(event, network.latents)
+        if network.network == "mlp":
+            generator, discriminator = mlp_gan(event, network.latents, precision=network.precision)
+        else:
+            generator, discriminator = conv_gan(
+                event, network.latents, form=network.convolution, precision=network.precision
+            )
     else:
         generator, discriminator = _decoder(network, event, leaky=True), _judge(network, event, game.discriminator)
     encoder = None
@@ -109,32 +115,55 @@ def _pair(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = 
 def _encoder(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> Network:
     activation = leaky_relu if leaky else gelu
     if config.network == "mlp":
-        return mlp(event, config.hidden, (num_outputs,), activation=activation)
-    return conv_encoder(event, config.hidden, num_outputs, activation=activation, window=3 if leaky else 4)
+        return mlp(event, config.hidden, (num_outputs,), activation=activation, precision=config.precision)
+    return conv_encoder(
+        event,
+        config.hidden,
+        num_outputs,
+        activation=activation,
+        window=3 if leaky else 4,
+        form=config.convolution,
+        precision=config.precision,
+    )
 
 
 def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Network:
     activation = leaky_relu if leaky else gelu
     normalisation: Normalisation = "layer" if leaky else "none"
     if config.network == "mlp":
-        return mlp((config.latents,), config.hidden[::-1], event, activation=activation, normalisation=normalisation)
-    dense = (4 * config.hidden[-1],) if leaky else ()
+        return mlp(
+            (config.latents,),
+            config.hidden[::-1],
+            event,
+            activation=activation,
+            normalisation=normalisation,
+            precision=config.precision,
+        )
     return conv_decoder(
-        config.latents, config.hidden, event, activation=activation, normalisation=normalisation, dense=dense
+        config.latents,
+        config.hidden,
+        event,
+        activation=activation,
+        normalisation=normalisation,
+        dense=(4 * config.hidden[-1],) if leaky else (),
+        form=config.convolution,
+        precision=config.precision,
     )
 
 
 def _judge(config: ModelConfig, event: Event, hidden: tuple[int, ...] = ()) -> Network:
     sizes = hidden or config.hidden
     if config.network == "mlp":
-        return mlp(event, sizes, (1,), activation=leaky_relu)
-    return conv_encoder(event, sizes, 1, activation=leaky_relu, window=3)
+        return mlp(event, sizes, (1,), activation=leaky_relu, precision=config.precision)
+    return conv_encoder(
+        event, sizes, 1, activation=leaky_relu, window=3, form=config.convolution, precision=config.precision
+    )
 
 
 def _translator(config: ModelConfig, event: Event) -> Network:
     if config.network != "mlp":
         raise ValueError("the translators of the cycle model are dense so far; use --network.network mlp")
-    return mlp(event, config.hidden, event, activation=leaky_relu, normalisation="layer")
+    return mlp(event, config.hidden, event, activation=leaky_relu, normalisation="layer", precision=config.precision)
 
 
 def _likelihood(config: ModelConfig, binary: bool) -> Likelihood:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, critics, evaluate, info, quickstart, train
+from metagen_jax.cli import adapt, critics, evaluate, info, plan, quickstart, train
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -19,6 +19,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 Command = (
     Annotated[quickstart.Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[plan.Plan, tyro.conf.subcommand("plan")]
     | Annotated[train.Train, tyro.conf.subcommand("train")]
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
@@ -27,6 +28,7 @@ Command = (
 )
 RUN: dict[type, Callable[[Any], None]] = {
     quickstart.Quickstart: quickstart.run,
+    plan.Plan: plan.run,
     train.Train: train.run,
     evaluate.Evaluate: evaluate.run,
     adapt.Adapt: adapt.run,
@@ -40,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    _keep_programs()
     try:
         command: Any = tyro.cli(
             Command,
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
+        if not isinstance(command, plan.Plan):  # which writes nothing, and says how long compiling takes
+            _keep_programs()
         RUN[type(command)](command)
     except SystemExit as stop:  # tyro's own: help, or an argument that it cannot read
         return stop.code if isinstance(stop.code, int) else BAD_INPUT

@@ -33,8 +33,7 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.models.vae import Vae
 from metagen_jax.progress import Progress
 from metagen_jax.run_directory import RunDirectory, append, check_free, create, next_path, point_latest, read_metrics
-from metagen_jax.tasks.samplers import uniform
-from metagen_jax.train import TrainState, init_state, make_step, train
+from metagen_jax.train import TrainState, init_state, train
 from metagen_jax.types import Metrics, Params
 
 CHUNK = 50  # meta-steps a dispatch, and a line of metrics.jsonl
@@ -85,9 +84,31 @@ class Train:
 def run(arguments: Train) -> None:
     """Carry out the command."""
     a = arguments
+    train_run(config_of(a), a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
+
+
+def config_of(arguments: Train) -> TrainConfig:
+    """Return the configuration that the arguments ask for, unchecked."""
+    a = arguments
     data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries)
-    config = TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.seed)
-    train_run(config, a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
+    return TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.seed)
+
+
+def checked(config: TrainConfig, out: Path | None, checkpoint_every: int, tensorboard: bool) -> TrainConfig:
+    """Return the configuration, resolved, if a run of it can begin; nothing is written or built yet.
+
+    Raises:
+        ValueError: a setting that is off, or a folder that exists.
+        ImportError: TensorBoard events without the package that writes them.
+    """
+    config = check(config)
+    if checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
+    if out is not None:
+        check_free(out)
+    if tensorboard:
+        _tensorboard()
+    return config
 
 
 def train_run(
@@ -107,23 +128,10 @@ def train_run(
         ValueError: whatever does not fit together.
         Divergence: training lost finiteness; the folder keeps what was done until then.
     """
-    config = check(config)
-    if checkpoint_every < 1:
-        raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
-    if out is not None:
-        check_free(out)
+    config = checked(config, out, checkpoint_every, tensorboard)
     writer = _tensorboard() if tensorboard else None
-    data = build.parts(config.data)
-    built = build.model(config, data.event, data.binary)
-    learner = build.learner(config, built)
-    family = build.family(
-        data, "train", config.shots, config.query, symmetries=config.data.symmetries, model=config.model
-    )
-    optimizer, sampler = build.outer(config), uniform(family, config.outer.tasks)
+    data, built, learner, family, optimizer, sampler, step = build.training(config)
     outer = config.outer
-    step = make_step(
-        learner, family, sampler, optimizer, average_decay=outer.average_decay, task_chunk=outer.task_chunk
-    )
     name = stem or f"{config.learner}-{config.model}-{data.images.name if data.images else config.data.source}"
     run = create(out or next_path(RUNS, name), config, data)
     point_latest(run)

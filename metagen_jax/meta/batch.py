@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metagen_jax.adapt.factored import Factored, compact, is_factored
+from metagen_jax.adapt.factored import Adapter, Factored, compact, is_factored
 from metagen_jax.games import GradientField, vector_field
+from metagen_jax.meta.gathered import gathered
 from metagen_jax.meta.outer import Displacement, TaskGame
 from metagen_jax.types import Adapt, Array, Examples, Field, Key, Losses, Metrics, Params, Task
 
@@ -167,7 +168,10 @@ def _as_one_game(field: GradientField) -> TotalField:
             totals |= dict.fromkeys(group, (weights * value).sum())
         return totals, {"tasks": metrics}
 
-    summed = vector_field(game, field.players)
+    summed: Field = vector_field(game, field.players)
+    adapt = _adapt_of(field)
+    if not (isinstance(adapt, Adapter) and adapt.first_order):  # else every kernel is met once, on the query
+        summed = gathered(vector_field(game, field.players))
 
     def total(meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
         direction, metrics = summed(meta, keys, (tasks, weights))

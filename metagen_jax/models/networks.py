@@ -4,10 +4,10 @@ Every hidden layer is `activation(gain * normalise(kernel x) + bias)`: the kerne
 biases (feature-wise modulations) are a small part of the parameters that a task can move cheaply, so they can be split
 off with `split_modulation`. Nothing here has state: no running averages, no dropout.
 
-Convolutions are slices and one matrix product. Under vmap over per-task kernels, `lax.conv` becomes one grouped
-convolution whose gradients run many times slower; a matrix product becomes a batched matrix product.
+How the products with kernels are made, at which precision, and convolutions in which form: `models/convolutions.py`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -17,6 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from metagen_jax.models.convolutions import (
+    Form,
+    Precision,
+    convolve,
+    convolve_transposed,
+    depth_to_space,
+    known_choices,
+    product,
+)
 from metagen_jax.types import Array, ArrayTree, Key
 
 Activation = Callable[[Array], Array]
@@ -66,16 +75,18 @@ def mlp(
     *,
     activation: Activation = nn.gelu,
     normalisation: Normalisation | Sequence[Normalisation] = "none",
+    precision: Precision = "float32",
 ) -> Network:
     """Return a multi-layer perceptron [N, *event] -> [N, *output], with one normalisation for all layers or for each.
 
     Raises:
-        ValueError: another number of normalisations than of hidden layers.
+        ValueError: another number of normalisations than of hidden layers, or an unknown precision.
     """
+    known_choices(precision=precision)
     each = (normalisation,) * len(hidden) if isinstance(normalisation, str) else tuple(normalisation)
     if len(each) != len(hidden):
         raise ValueError(f"expected one normalisation for all or for each of {len(hidden)} hidden layers, got {each}")
-    module = _Mlp(tuple(hidden), tuple(output), activation, each)
+    module = _Mlp(tuple(hidden), tuple(output), activation, each, precision)
     return from_flax(module, jnp.zeros((1, *event)))
 
 
@@ -87,9 +98,16 @@ def conv_encoder(
     activation: Activation = nn.gelu,
     normalisation: Normalisation = "none",
     window: int = 4,
+    form: Form = "auto",
+    precision: Precision = "float32",
 ) -> Network:
-    """Return convolutions of this window and stride 2, and a dense layer: [N, H, W, C] -> [N, num_outputs]."""
-    module = _ConvEncoder(tuple(channels), num_outputs, activation, normalisation, window)
+    """Return convolutions of this window and stride 2, and a dense layer: [N, H, W, C] -> [N, num_outputs].
+
+    Raises:
+        ValueError: an unknown form or precision.
+    """
+    known_choices(form=form, precision=precision)
+    module = _ConvEncoder(tuple(channels), num_outputs, activation, normalisation, window, form, precision)
     return from_flax(module, jnp.zeros((1, *event)))
 
 
@@ -101,13 +119,25 @@ def conv_decoder(
     activation: Activation = nn.gelu,
     normalisation: Normalisation = "none",
     dense: Sequence[int] = (),
+    window: int = 3,
+    form: Form = "auto",
+    precision: Precision = "float32",
 ) -> Network:
-    """Return the mirror of `conv_encoder`, [N, num_inputs] -> [N, H, W, C], by sub-pixel upsampling.
+    """Return the mirror of `conv_encoder`, [N, num_inputs] -> [N, H, W, C], that doubles height and width by stages.
 
-    Each stage is a 3x3 convolution to four times the channels, whose groups of four become 2x2 pixels. `dense` layers
-    come before the first stage.
+    With window 3, a stage is a 3x3 convolution to four times the channels, whose groups of four become 2x2 pixels (36
+    C F multiplications for each pixel of its input); with window 4 it is a 4x4 transposed convolution of stride 2 (16
+    C F). `dense` layers come before the first stage.
+
+    Raises:
+        ValueError: a window other than 3 or 4, or an unknown form or precision.
     """
-    module = _ConvDecoder(tuple(channels), tuple(event), activation, normalisation, tuple(dense))
+    known_choices(form=form, precision=precision)
+    if window not in (3, 4):
+        raise ValueError(f"the stages of a decoder have windows of 3 (sub-pixel) or 4 (transposed), got {window}")
+    module = _ConvDecoder(
+        tuple(channels), tuple(event), activation, normalisation, tuple(dense), window, form, precision
+    )
     return from_flax(module, jnp.zeros((1, num_inputs)))
 
 
@@ -127,67 +157,36 @@ def join(*parts: ArrayTree) -> ArrayTree:
     return unflatten_dict({path: leaf for part in parts for path, leaf in flatten_dict(part).items()})
 
 
-def convolve(x: Array, kernel: Array, stride: int) -> Array:
-    """Convolve [N, H, W, C] with [h, w, C, F], padded so that the output is [N, ceil(H/stride), ceil(W/stride), F].
+class _Product(NamedTuple):
+    """How a layer multiplies its input with its kernel."""
 
-    Equals `lax.conv_general_dilated` with padding "SAME". Where the stride divides the kernel, space-to-depth first
-    makes the slices contiguous; the product is one matrix product either way.
-    """
-    height, width, channels, features = kernel.shape
-    num, rows, columns, _ = x.shape
-    out = (math.ceil(rows / stride), math.ceil(columns / stride))
-    needed = [(n - 1) * stride + k - size for n, k, size in zip(out, (height, width), (rows, columns), strict=True)]
-    before = [max(n, 0) // 2 for n in needed]
-    padding = [(0, 0), *((b, max(n, 0) - b) for b, n in zip(before, needed, strict=True)), (0, 0)]
-    x = jnp.pad(x, padding)
-    if height % stride == 0 and width % stride == 0 and stride > 1:
-        x = x[:, : (out[0] - 1) * stride + height, : (out[1] - 1) * stride + width]
-        x = _space_to_depth(x, stride)
-        kernel = kernel.reshape(height // stride, stride, width // stride, stride, channels, features)
-        kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(
-            height // stride, width // stride, stride * stride * channels, features
-        )
-        height, width, channels, stride = height // stride, width // stride, channels * stride * stride, 1
-    slices = [
-        x[:, i : i + (out[0] - 1) * stride + 1 : stride, j : j + (out[1] - 1) * stride + 1 : stride]
-        for i in range(height)
-        for j in range(width)
-    ]
-    patches = jnp.concatenate(slices, axis=-1).reshape(num * out[0] * out[1], height * width * channels)
-    return (patches @ kernel.reshape(-1, features)).reshape(num, *out, features)
+    multiply: Callable[[Array, Array], Array]  # (x, kernel) -> y
+    window: int | None = None  # of a convolution, None if dense
+    uses: float = 1.0  # h w C / uses numbers of the kernel add up to one output
 
+    def init(self, key: Key, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+        """Return a kernel that keeps the variance."""
+        return nn.initializers.variance_scaling(self.uses, "fan_in", "truncated_normal")(key, shape, dtype)
 
-def depth_to_space(x: Array, block: int) -> Array:
-    """Turn [N, H, W, block * block * C] into [N, block * H, block * W, C]."""
-    num, rows, columns, channels = x.shape
-    x = x.reshape(num, rows, columns, block, block, channels // block**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(num, rows * block, columns * block, channels // block**2)
-
-
-def _space_to_depth(x: Array, block: int) -> Array:
-    num, rows, columns, channels = x.shape
-    x = x.reshape(num, rows // block, block, columns // block, block, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(num, rows // block, columns // block, block * block * channels)
-
-
-_KERNEL_INIT = nn.initializers.lecun_normal()
+    def shape(self, inputs: int, features: int) -> tuple[int, ...]:
+        """Return the kernel's shape."""
+        return (inputs, features) if self.window is None else (self.window, self.window, inputs, features)
 
 
 class _Hidden(nn.Module):
-    """A dense layer [N, D] -> [N, features], or with `window` a convolution of that size and stride."""
+    """A layer [N, *, C] -> [N, *, features]."""
 
     features: int
     activation: Activation
     normalisation: Normalisation
-    window: tuple[int, int] | None = None
+    product: _Product
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (x.shape[-1],) if self.window is None else (self.window[0], self.window[0], x.shape[-1])
-        kernel = self.param("kernel", _KERNEL_INIT, (*shape, self.features))
+        kernel = self.param("kernel", self.product.init, self.product.shape(x.shape[-1], self.features))
         gain = self.param("gain", nn.initializers.ones, (self.features,))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x @ kernel if self.window is None else convolve(x, kernel, self.window[1])
+        x = self.product.multiply(x, kernel)
         if self.normalisation == "layer":
             axes = tuple(range(1, x.ndim))
             mean = x.mean(axes, keepdims=True)
@@ -198,22 +197,21 @@ class _Hidden(nn.Module):
 
 
 class _Output(nn.Module):
-    """The last dense layer, without activation: [N, D] -> [N, *output]."""
+    """The last layer, without activation: [N, *, C] -> [N, *, features]."""
 
-    output: tuple[int, ...]
-    window: tuple[int, int] | None = None
+    features: int
+    product: _Product
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        if self.window is None:
-            features = math.prod(self.output)
-            kernel = self.param("kernel", _KERNEL_INIT, (x.shape[-1], features))
-            bias = self.param("bias", nn.initializers.zeros, (features,))
-            return (x @ kernel + bias[None]).reshape(x.shape[0], *self.output)
-        size, stride = self.window
-        kernel = self.param("kernel", _KERNEL_INIT, (size, size, x.shape[-1], self.output[-1]))
-        bias = self.param("bias", nn.initializers.zeros, (self.output[-1],))
-        return convolve(x, kernel, stride) + bias.reshape(1, 1, 1, -1)
+        kernel = self.param("kernel", self.product.init, self.product.shape(x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = self.product.multiply(x, kernel)
+        return x + bias.reshape((1,) * (x.ndim - 1) + (self.features,))
+
+
+def _dense(precision: Precision) -> _Product:
+    return _Product(functools.partial(product, precision=precision))
 
 
 class _Mlp(nn.Module):
@@ -221,13 +219,14 @@ class _Mlp(nn.Module):
     output: tuple[int, ...]
     activation: Activation
     normalisation: tuple[Normalisation, ...]  # of each hidden layer
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
+        x, dense = x.reshape(x.shape[0], -1), _dense(self.precision)
         for index, (features, normalisation) in enumerate(zip(self.hidden, self.normalisation, strict=True)):
-            x = _Hidden(features, self.activation, normalisation, name=f"hidden_{index}")(x)
-        return _Output(self.output, name=OUTPUT)(x)
+            x = _Hidden(features, self.activation, normalisation, dense, name=f"hidden_{index}")(x)
+        return _Output(math.prod(self.output), dense, name=OUTPUT)(x).reshape(x.shape[0], *self.output)
 
 
 class _ConvEncoder(nn.Module):
@@ -236,12 +235,16 @@ class _ConvEncoder(nn.Module):
     activation: Activation
     normalisation: Normalisation
     window: int
+    form: Form
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        strided = functools.partial(convolve, stride=2, form=self.form, precision=self.precision)
+        stage = _Product(strided, self.window)
         for index, features in enumerate(self.channels):
-            x = _Hidden(features, self.activation, self.normalisation, (self.window, 2), name=f"hidden_{index}")(x)
-        return _Output((self.num_outputs,), name=OUTPUT)(x.reshape(x.shape[0], -1))
+            x = _Hidden(features, self.activation, self.normalisation, stage, name=f"hidden_{index}")(x)
+        return _Output(self.num_outputs, _dense(self.precision), name=OUTPUT)(x.reshape(x.shape[0], -1))
 
 
 class _ConvDecoder(nn.Module):
@@ -250,23 +253,35 @@ class _ConvDecoder(nn.Module):
     activation: Activation
     normalisation: Normalisation
     dense: tuple[int, ...]
+    window: int
+    form: Form
+    precision: Precision
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
+        dense = _dense(self.precision)
         for index, width in enumerate(self.dense):
-            z = _Hidden(width, self.activation, self.normalisation, name=f"dense_{index}")(z)
+            z = _Hidden(width, self.activation, self.normalisation, dense, name=f"dense_{index}")(z)
         rows, columns, image_channels = self.event
         sizes = [(rows, columns)]
         for _ in self.channels:
             sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
         small, first = sizes[-1], self.channels[-1]
-        x = _Hidden(small[0] * small[1] * first, self.activation, self.normalisation, name="hidden_0")(z)
+        x = _Hidden(small[0] * small[1] * first, self.activation, self.normalisation, dense, name="hidden_0")(z)
         x = x.reshape(z.shape[0], *small, first)
+        sub_pixel = self.window == 3
+        if sub_pixel:
+            same = functools.partial(convolve, stride=1, form=self.form, precision=self.precision)
+            stage, more = _Product(same, 3), 4
+        else:
+            twice = functools.partial(convolve_transposed, stride=2, form=self.form, precision=self.precision)
+            stage, more = _Product(twice, 4, uses=4.0), 1
         stages = [*reversed(self.channels[:-1]), None]
         for index, (features, size) in enumerate(zip(stages, reversed(sizes[:-1]), strict=True)):
             if features is None:
-                x = _Output((*size, 4 * image_channels), (3, 1), name=OUTPUT)(x)
+                x = _Output(more * image_channels, stage, name=OUTPUT)(x)
             else:
-                x = _Hidden(4 * features, self.activation, self.normalisation, (3, 1), name=f"hidden_{index + 1}")(x)
-            x = depth_to_space(x, 2)[:, : size[0], : size[1]]
+                name = f"hidden_{index + 1}"
+                x = _Hidden(more * features, self.activation, self.normalisation, stage, name=name)(x)
+            x = (depth_to_space(x, 2) if sub_pixel else x)[:, : size[0], : size[1]]
         return x

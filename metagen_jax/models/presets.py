@@ -7,6 +7,7 @@ would leak between the examples and the tasks, and a support set of five has no 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from metagen_jax.models.convolutions import Form, Precision
 from metagen_jax.models.networks import Network, Normalisation, conv_decoder, conv_encoder, leaky_relu, mlp
 
 LATENTS = 100
@@ -25,6 +26,7 @@ def mlp_gan(
     *,
     generator: Sequence[int] = (128, 256, 512, 1024),
     discriminator: Sequence[int] = (512, 256),
+    precision: Precision = "float32",
 ) -> Pair:
     """Return the dense pair: 100-128-256-512-1024-784 and 784-512-256-1, LeakyReLU 0.2.
 
@@ -32,8 +34,8 @@ def mlp_gan(
     """
     normalised: list[Normalisation] = ["layer" if index else "none" for index in range(len(generator))]
     return Pair(
-        mlp((num_latents,), generator, event, activation=leaky_relu, normalisation=normalised),
-        mlp(event, discriminator, (1,), activation=leaky_relu),
+        mlp((num_latents,), generator, event, activation=leaky_relu, normalisation=normalised, precision=precision),
+        mlp(event, discriminator, (1,), activation=leaky_relu, precision=precision),
     )
 
 
@@ -44,6 +46,8 @@ def conv_gan(
     dense: Sequence[int] = (256, 512, 1024),
     generator: Sequence[int] = (128, 256),
     discriminator: Sequence[int] = (64, 128, 256),
+    form: Form = "auto",
+    precision: Precision = "float32",
 ) -> Pair:
     """Return the convolutional pair.
 
@@ -51,6 +55,15 @@ def conv_gan(
     image inwards. The discriminator has 3x3 convolutions of stride 2 and a dense layer.
     """
     return Pair(
-        conv_decoder(num_latents, generator, event, activation=leaky_relu, normalisation="layer", dense=dense),
-        conv_encoder(event, discriminator, 1, activation=leaky_relu, window=3),
+        conv_decoder(
+            num_latents,
+            generator,
+            event,
+            activation=leaky_relu,
+            normalisation="layer",
+            dense=dense,
+            form=form,
+            precision=precision,
+        ),
+        conv_encoder(event, discriminator, 1, activation=leaky_relu, window=3, form=form, precision=precision),
     )
