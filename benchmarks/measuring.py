@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -106,8 +107,6 @@ def write(name: str, text: str, numbers: Any, out: Path = RESULTS) -> None:
 
 
 def _affinity() -> set[int]:
-    import os
-
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
 
 

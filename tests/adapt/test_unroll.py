@@ -107,6 +107,17 @@ def test_first_order_takes_the_inner_jacobian_as_the_identity(x64):
     np.testing.assert_allclose(jacobian(False), np.linalg.matrix_power(np.eye(2) - rate * np.asarray(curvature), 3))
 
 
+@pytest.mark.parametrize("loop", ["peeled", "unrolled"])
+@pytest.mark.parametrize("remat", ["none", "nested"])
+def test_all_ways_of_looping_agree(x64, loop, remat):
+    model = noisy_net()
+    field, start = vector_field(model.game, ("head",)), per_step(3, 1e-2, ("head",))
+    meta = start.extend(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(jax.random.key(1))))
+    reference = _meta_gradient(field, start, meta, image_task(), form="plain")
+    gradient = _meta_gradient(field, start, meta, image_task(), form="plain", loop=loop, remat=remat)
+    np.testing.assert_allclose(gradient, reference, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("remat", ["step", "nested"])
 def test_recomputing_stores_less(remat):
     def loss(params, key, batch):
@@ -177,6 +188,8 @@ def test_the_refused_rule_does_give_nan_and_the_remedy_does_not():
     [
         ({"num_steps": -1}, "negative"),
         ({"num_steps": 1, "remat": "all"}, "remat"),
+        ({"num_steps": 1, "form": "double"}, "form"),
+        ({"num_steps": 1, "loop": "while"}, "loop"),
         ({"num_steps": 1, "inner_grad": "forward"}, "inner_grad"),
     ],
 )
