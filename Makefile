@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: install quickstart test lint types check clean
+.PHONY: install quickstart test benchmark lint types check clean
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ quickstart: install
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+benchmark: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[benchmark]"
+	taskset -c 0 $(BIN)/python benchmarks/everything.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

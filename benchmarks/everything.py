@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OPTIONS = {"convolutions": ["--images", "5"], "precision": []}
+"""Arguments of the scripts that print one table and keep nothing themselves."""
 SCRIPTS = {
     "side_by_side": "How fast is a meta-step, beside PyTorch's libraries, textbook JAX and the limit of the machine?",
+    "memory": "How much memory does a second-order meta-step need?",
     "scaling": "How do time and memory of a meta-step grow with tasks, inner steps, shots and width?",
     "sampler": "How many episodes a second are drawn on the device?",
     "convolutions": "Which form of a convolution whose kernels differ by task is fastest?",
@@ -27,8 +30,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     for name in arguments.only:
-        command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(arguments.out)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, str(HERE / f"{name}.py")]
+        if name not in OPTIONS:
+            subprocess.run([*command, "--out", str(arguments.out)], check=True)
+            continue
+        done = subprocess.run([*command, *OPTIONS[name]], check=True, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"{name}.md").write_text(done.stdout, encoding="utf-8")
     found = {name: arguments.out / f"{name}.md" for name in SCRIPTS}
     parts = [
         f"## {question}\n\n{found[name].read_text(encoding='utf-8').strip()}"
