@@ -102,9 +102,16 @@ def _task(seed):
     return mg.Task(support, task.query._replace(label=jnp.array([1, 0, 1, 0], jnp.int32)))
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_conforms_with_every_model(learner, model):
+PAIRS = [
+    (learner, model)
+    for learner in LEARNERS
+    for model in MODELS
+    if model in ("vae", "gan") or learner in ("maml", "reptile")  # others would repeat what these show, at a price
+]
+
+
+@pytest.mark.parametrize(("learner", "model"), PAIRS)
+def test_every_learner_and_every_model_conforms(learner, model):
     """Every player learns from a finite field, which padding leaves alone and the support and the key do not.
 
     One program for each pair, the field, which has the adapter in it; the path has the adapter's form.

@@ -27,7 +27,19 @@ import jax.numpy as jnp
 import optax
 
 from metagen_jax.adapt.factored import Factored, dense, multiply
-from metagen_jax.adapt.products import Dot, Program, Use, is_matrix, run, taps, trace, uses_of
+from metagen_jax.adapt.products import (
+    Dot,
+    Program,
+    Use,
+    differing_like,
+    floats_differing_like,
+    is_matrix,
+    owners,
+    run,
+    taps,
+    trace,
+    uses_of,
+)
 from metagen_jax.games import GradientField, one_by_one
 from metagen_jax.types import Array, Examples, Key, Metrics, Params
 
@@ -73,9 +85,10 @@ class Loop(NamedTuple):
 def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key: Key, support: Examples) -> Loop:
     """Trace the fields, and find the kernels of moving players that meet the rest in matrix products only."""
     arguments = (params, key, support)
-    leaves, owners = jax.tree.leaves(arguments), _owners(params)
+    leaves, owner = jax.tree.leaves(arguments), owners(params)
     groups_of = [field.groups_of(*arguments) for field in fields]
     company = [tuple(name for group in groups for name in group) for groups in groups_of]
+    check_company(company)
     turns = [
         Turn(
             number,
@@ -88,23 +101,35 @@ def prepare(fields: Sequence[GradientField], num_steps: int, params: Params, key
         for number, (field, groups, players) in enumerate(zip(fields, groups_of, company, strict=True))
     ]
     movers = {name for players in company for name in players}
-    varying = [index for index, name in enumerate(owners) if name in movers] + [len(owners)]  # and the key
+    varying = [index for index, name in enumerate(owner) if name in movers] + [len(owner)]  # and the key
     candidates = [index for index in varying[:-1] if is_matrix(leaves[index])]
     uses: dict[int, tuple[Use, ...]] = dict.fromkeys(candidates, ())
     spoiled = set[int]()
+    games = {players: fields[number].game for number, players in reversed(list(enumerate(company)))}
+    for players, field in zip(company, fields, strict=True):
+        if field.game is not games[players]:  # they move by different games, which meet a kernel in different ways
+            spoiled |= {index for index in candidates if owner[index] in players}
     for turn in turns:
         found, asked = uses_of(turn.program, leaves, candidates, varying)
         spoiled |= asked
         for index in candidates:
-            if owners[index] in turn.players:
+            if owner[index] in turn.players:
                 uses[index] = tuple(use for use in found if use.kernel == index and not use.stopped)
     each = {name: turn.each for turn in turns for name in turn.players}
     layers = [
-        Layer(index, owners[index], leaves[index].shape, num_steps * each[owners[index]], uses[index])
+        Layer(index, owner[index], leaves[index].shape, num_steps * each[owner[index]], uses[index])
         for index in candidates
         if uses[index] and index not in spoiled
     ]
     return Loop(turns, layers, num_steps, varying)
+
+
+def check_company(company: Sequence[tuple[str, ...]]) -> None:
+    """Raise `ValueError` where a player moves in different company in different turns."""
+    together = tuple(dict.fromkeys(company))
+    players = [name for group in together for name in group]
+    if len(set(players)) != len(players):
+        raise ValueError(f"a player may move in one company only, so that it has one optimiser state; got {together}")
 
 
 def descend(
@@ -133,9 +158,12 @@ def descend(
         The adapted parameters, those of the layers as `Factored` kernels, and the trace of metrics, each [K].
     """
     leaves, structure = jax.tree.flatten(params)
-    owners, layers = _owners(params), {layer.leaf: layer for layer in loop.layers}
+    owner, layers = owners(params), {layer.leaf: layer for layer in loop.layers}
     bits, kind = jax.random.key_data(key), jax.random.key_impl(key)  # raw bits, see unroll
-    begin = [jnp.zeros(layers[i].moves, leaf.dtype) if i in layers else leaf for i, leaf in enumerate(leaves)]
+    begin = [
+        differing_like(jnp.zeros(layers[i].moves, leaf.dtype), leaf) if i in layers else leaf
+        for i, leaf in enumerate(leaves)
+    ]
 
     constant: dict[tuple[int, int, int], Array] = {}  # products that are the same in every step
 
@@ -146,7 +174,7 @@ def descend(
     def take(turn: Turn, point: Sequence[Array], past: Past, step_key: Key) -> tuple[dict[int, Any], Metrics, Past]:
         """Return the directions of what is no layer, the metrics, and (X, D) of every use of the layers that move."""
         kernels = {i: _kernel(leaves[i], point[i], layer, past.get(i, ())) for i, layer in layers.items()}
-        mine = [index for index, name in enumerate(owners) if name in turn.players]
+        mine = [index for index, name in enumerate(owner) if name in turn.players]
         free = {index: point[index] for index in mine if index not in layers}
         zeros = {index: taps(layers[index].uses, leaves[index]) for index in mine if index in layers}
 
@@ -181,9 +209,9 @@ def descend(
         directions: dict[int, Array] = {}
         met: Past = {}
         for group, (of_free, of_taps) in zip(turn.groups, one_by_one(pull_back, losses), strict=True):
-            directions |= {index: of_free[index] for index in free if owners[index] in group}
+            directions |= {index: of_free[index] for index in free if owner[index] in group}
             for index in zeros:
-                if owners[index] in group:
+                if owner[index] in group:
                     met[index] = list(zip(inputs[index], of_taps[index], strict=True))
         if first_order:
             directions, met = jax.lax.stop_gradient((directions, met))
@@ -209,7 +237,10 @@ def descend(
                 record |= metrics
         return (point, states, past), record
 
-    states = {turn.players: rule.init(of(begin, turn.players)) for turn in loop.turns}
+    some = next(iter(layers))
+    states = {
+        turn.players: floats_differing_like(rule.init(of(begin, turn.players)), leaves[some]) for turn in loop.turns
+    }
     if unrolled:
         carry: Any = (begin, states, {})
         traces = []
@@ -279,15 +310,10 @@ def _empty(layers: dict[int, Layer], first: Past) -> Past:
     return {
         i: [
             (
-                jnp.zeros((layers[i].moves, *x.shape), x.dtype) if use.varies else x,
-                jnp.zeros((layers[i].moves, *d.shape), d.dtype),
+                differing_like(jnp.zeros((layers[i].moves, *x.shape), x.dtype), x) if use.varies else x,
+                differing_like(jnp.zeros((layers[i].moves, *d.shape), d.dtype), d),
             )
             for use, (x, d) in zip(layers[i].uses, pairs, strict=True)
         ]
         for i, pairs in first.items()
     }
-
-
-def _owners(params: Params) -> list[str]:
-    """Return the player of every leaf."""
-    return [name for name in sorted(params) for _ in jax.tree.leaves(params[name])]

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metagen_jax.adapt.products import Dot, Use, run, trace
 from metagen_jax.types import Adapt, Array, ArrayTree, Examples, Game, Key, Losses, Metrics, Params
@@ -28,8 +29,8 @@ class Factored:
 
     def dense(self) -> Array:
         """Return the matrix itself."""
-        change = (self.left * self.scale[:, None]).T @ self.right
-        return change if self.base is None else self.base + change
+        change = jnp.matmul((self.left * self.scale[:, None]).T, self.right, precision="highest")
+        return change if self.base is None else (self.base + change).astype(self.base.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,19 +1,25 @@
 """Whether a rule moves a kernel by fixed multiples of its gradients, tried out before it is relied on."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from metagen_jax.adapt.products import owners
 from metagen_jax.adapt.starts import Start
 from metagen_jax.types import Array, Params
 
-SCALES = (1e-9, 1.0, 1e9)
+SCALES = (1e-9, 1.0, 1e9, float("nan"))
+"""Sizes of the gradients in the trials; those that are not finite have to stay so."""
 TOLERANCE = 1e-4
+FEW = 3
+"""Moves of the trial in which the coordinates have a length of their own, at least."""
+ENTRIES = 2 * 10**7
+"""Of the gradients of a trial at the true shapes, at most; it has as many moves as that allows."""
 
 
 def is_linear(
@@ -21,36 +27,44 @@ def is_linear(
 ) -> bool:
     """Try whether the rule of a start moves kernels by the same multiples of their gradients in every entry.
 
-    The rule is followed twice, on small stand-ins for the parameters: once with random gradients G_j, and once with
-    coordinates c and unit vectors e_j in place of the kernels and their gradients. It is linear if the kernels move by
-    sum_i c_i G_i, and everything else moves alike, for gradients of very different sizes.
+    The rule is followed twice from random parameters: once with random gradients G_j, and once with coordinates c and
+    unit vectors e_j in place of the kernels and their gradients. It is linear if the kernels move by sum_i c_i G_i, and
+    everything else moves alike, for gradients of very different sizes: at the true shapes for all moves (or as many as
+    `ENTRIES` allows) and for a number of moves that is no dimension of them, and for all moves on stand-ins with two
+    entries along each dimension.
 
     Args:
         start: whose rule is tried, at the values with which meta-training begins.
-        params: the parameters that it moves, for their structure.
+        params: the parameters that it moves, for their structure and shapes.
         kernels: positions of the kernels among the leaves of `params`.
         groups: for each group of players that moves together, its players and the number of its moves.
 
     Returns:
-        Whether it is linear. A rule that cannot be followed on the stand-ins is not, and neither is one with learned
-        parameters whose effect is not known (`learned`).
+        Whether it is linear. A rule that cannot be followed in the trials is not, and neither is that of a start whose
+        rule at the beginning does not say what it is later (`learned`).
     """
     if not start.typical:
         return False
-    small = {
-        name: jax.tree.map(lambda leaf: np.full((2,) * jnp.ndim(leaf), 0.5), tree) for name, tree in params.items()
-    }
+    leaves = jax.tree.leaves(params)
+    few = next(number for number in range(FEW, 10**6) if all(number not in jnp.shape(leaf) for leaf in leaves))
+    small = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2,) * jnp.ndim(leaf), jnp.result_type(leaf)), params)
+    affordable = max(1, ENTRIES // sum(max(1, math.prod(jnp.shape(leaf))) for leaf in leaves))
+    trials = ((params, 1, affordable), (params, few, few), (small, 1, 10**6))
     try:
-        with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"):
-            begin, rule = start(start.extend(jax.tree.map(jnp.asarray, small)))
-            if str(jax.tree.structure(begin)) != str(jax.tree.structure(params)):
-                return False
-            for players, moves in groups:
-                deviation = jax.jit(functools.partial(_deviation, rule, begin, kernels, players, moves))
-                if not all(deviation(scale) < TOLERANCE for scale in SCALES):
+        with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), jax.debug_nans(False):
+            for shapes, least, most in trials:
+                zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf)), shapes)
+                begin, rule = start(start.extend(zeros))
+                if str(jax.tree.structure(begin)) != str(jax.tree.structure(params)):
                     return False
+                for players, moves in groups:
+                    trial = jax.jit(
+                        functools.partial(_deviation, rule, begin, kernels, players, min(max(moves, least), most))
+                    )
+                    if not all(trial(scale) < TOLERANCE for scale in SCALES):
+                        return False
             return True
-    except (TypeError, ValueError, KeyError):
+    except Exception:  # whatever a rule of others raises on a stand-in, it cannot be relied on
         return False
 
 
@@ -63,16 +77,15 @@ def _deviation(
     scale: Array,
 ) -> Array:
     """Return the largest difference between the two runs, relative to the largest update of its leaf."""
-    owners = [name for name in sorted(begin) for _ in jax.tree.leaves(begin[name])]
-    mine = [index for index, name in enumerate(owners) if name in players]
-    position = {index: place for place, index in enumerate(mine)}
-    here = {name: begin[name] for name in players}
-    leaves, structure = jax.tree.flatten(here)
-    chosen = {position[index] for index in kernels if index in position}
-    rng = np.random.default_rng(0)
-    gradients = [scale * jnp.asarray(rng.normal(size=(moves, *jnp.shape(leaf))), leaf.dtype) for leaf in leaves]
-    units = [jnp.eye(moves, dtype=leaf.dtype) for leaf in leaves]
+    mine = [index for index, name in enumerate(owners(begin)) if name in players]
+    chosen = {place for place, index in enumerate(mine) if index in kernels}
+    leaves, structure = jax.tree.flatten({name: begin[name] for name in players})
+    keys = jax.random.split(jax.random.key(0), 2 * len(leaves))
+    leaves = [_normal(key, jnp.shape(leaf), leaf) for key, leaf in zip(keys[::2], leaves, strict=True)]
+    normal = [_normal(key, (moves, *leaf.shape), leaf) for key, leaf in zip(keys[1::2], leaves, strict=True)]
+    gradients = [(scale * g).astype(g.dtype) for g in normal]
     coordinates = [jnp.zeros(moves, leaf.dtype) if i in chosen else leaf for i, leaf in enumerate(leaves)]
+    units = [jnp.eye(moves, dtype=leaf.dtype) if i in chosen else gradients[i] for i, leaf in enumerate(leaves)]
 
     def follow(point: list[Array], path: list[Array]) -> list[Array]:
         def move(carry: Any, gradient: list[Array]) -> tuple[Any, list[Array]]:
@@ -83,10 +96,13 @@ def _deviation(
         tree = jax.tree.unflatten(structure, point)
         return jax.lax.scan(move, (tree, rule.init(tree)), path)[1]
 
-    whole = follow(leaves, gradients)
-    reduced = follow(coordinates, [units[i] if i in chosen else g for i, g in enumerate(gradients)])
     deviations = []
-    for i, (expected, given) in enumerate(zip(whole, reduced, strict=True)):
+    for i, (expected, given) in enumerate(zip(follow(leaves, gradients), follow(coordinates, units), strict=True)):
         found = jnp.tensordot(given, gradients[i], 1) if i in chosen else given
-        deviations.append(jnp.abs(found - expected).max() / (jnp.abs(expected).max() + 1e-30))
+        gap = jnp.abs(found - expected).max() / (jnp.abs(expected).max() + 1e-30)
+        deviations.append(jnp.where(jnp.isnan(scale), jnp.where(jnp.isnan(expected).all(), 0.0, 1.0), gap))
     return jnp.stack(deviations).max()
+
+
+def _normal(key: Array, shape: tuple[int, ...], like: Array) -> Array:
+    return jax.random.normal(key, shape).astype(jnp.result_type(like))

@@ -16,9 +16,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from metagen_jax.types import Array
+from metagen_jax.types import Array, ArrayTree, Params
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = ("jit", "pjit")
 """Primitives whose body is entered when a kernel is passed to it."""
 
 
@@ -30,6 +30,7 @@ class Use(NamedTuple):
     rows: int  # of the other operand, as a matrix
     varies: bool  # the other operand depends on an argument that varies
     stopped: bool  # no gradient reaches the kernel through this use
+    precision: Any  # of the product, as jax.lax.dot_general has it
 
 
 Dot = Callable[[Array, Array], Array]
@@ -108,8 +109,33 @@ def is_matrix(leaf: Any) -> bool:
 
 
 def taps(uses: Sequence[Use], kernel: Array) -> list[Array]:
-    """Return zeros to add to the products with a kernel, one for each use, whose gradients are those of the products."""
-    return [jnp.zeros((use.rows, kernel.shape[0 if use.transposed else 1]), kernel.dtype) for use in uses]
+    """Return zeros to add to a kernel's products, one for each use, whose gradients are those of the products."""
+    shapes = [(use.rows, kernel.shape[0 if use.transposed else 1]) for use in uses]
+    return [differing_like(jnp.zeros(shape, kernel.dtype), kernel) for shape in shapes]
+
+
+def differing_like(value: Array, reference: Array) -> Array:
+    """Return the value, typed as differing between devices where the reference may (inside `jax.shard_map`).
+
+    Without it, gradients with respect to a constant would be summed over the devices.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return value
+    first = reference.reshape(-1)[0]
+    return jnp.where(first == first, value, value)
+
+
+def floats_differing_like(tree: ArrayTree, reference: Array) -> ArrayTree:
+    """Return a tree whose floats are typed as differing between devices where the reference may."""
+    return jax.tree.map(
+        lambda leaf: differing_like(leaf, reference) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf,
+        tree,
+    )
+
+
+def owners(params: Params) -> list[str]:
+    """Return the player of every leaf, in the order of `jax.tree.leaves`."""
+    return [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
 class _Kernel(NamedTuple):
@@ -160,9 +186,9 @@ class _Frame:
             self.write(equation.outvars, results, varied)
         elif name == "dot_general" and _is_matrix_product(params["dimension_numbers"], operands):
             self.write(equation.outvars, [self.multiply(params, operands, varying)], [any(varying)])
-        elif name == "transpose":
+        elif name == "transpose" and tuple(params["permutation"]) == (1, 0):
             self.write(equation.outvars, [kernel._replace(transposed=not kernel.transposed)], varying)
-        elif name == "convert_element_type":
+        elif name == "convert_element_type" and _rounds_once(kernel, params["new_dtype"]):
             self.write(equation.outvars, [kernel._replace(dtype=params["new_dtype"])], varying)
         elif name == "stop_gradient":
             self.write(equation.outvars, [kernel._replace(stopped=True)], varying)
@@ -186,7 +212,7 @@ class _Frame:
 
         transposed = (contract[side][0] == 1) != kernel.transposed
         rows = other.reshape(-1, size)
-        use = Use(kernel.argument, transposed, rows.shape[0], varying[1 - side], kernel.stopped)
+        use = Use(kernel.argument, transposed, rows.shape[0], varying[1 - side], kernel.stopped, params["precision"])
         made = self.product(use, rows, dot)
         made = made.reshape(*free, made.shape[-1])
         return jnp.moveaxis(made, -1, 0) if side == 0 else made
@@ -218,6 +244,11 @@ class _Frame:
         array = array.T if value.transposed else array
         array = array if value.dtype is None else array.astype(value.dtype)
         return jax.lax.stop_gradient(array) if value.stopped else array
+
+
+def _rounds_once(kernel: _Kernel, dtype: Any) -> bool:
+    """Whether a cast is the first one of a kernel, to another float."""
+    return isinstance(kernel, _Kernel) and kernel.dtype is None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _is_matrix_product(dimensions: Any, operands: Sequence[Any]) -> bool:

@@ -28,7 +28,7 @@ class Start:
     extend: Callable[[Params], Params]  # fresh model parameters -> meta-parameters
     rules: tuple[optax.GradientTransformation, ...]  # the fixed rules in it, each checked before it is differentiated
     learns: bool = False  # whether it adds players of its own to the meta-parameters
-    typical: bool = True  # whether the rule at the initial meta-parameters is of the same kind as at any others
+    typical: bool = False  # whether the rule at the initial meta-parameters is of the same kind as at any others
 
     def __call__(self, meta: Params, /) -> tuple[Params, optax.GradientTransformation]:
         """Return `begin(meta)`."""
@@ -43,7 +43,7 @@ def fixed(optimizer: optax.GradientTransformation) -> Start:
         >>> sorted(params)
         ['model']
     """
-    return Start(lambda meta: (meta, optimizer), lambda params: params, (optimizer,))
+    return Start(lambda meta: (meta, optimizer), lambda params: params, (optimizer,), typical=True)
 
 
 def per_parameter(
@@ -112,7 +112,7 @@ def reset(player: str, value: ArrayTree, optimizer: optax.GradientTransformation
     def extend(params: Params) -> Params:
         return {name: tree for name, tree in params.items() if name != player}
 
-    return Start(lambda meta: ({**meta, player: value}, optimizer), extend, (optimizer,))
+    return Start(lambda meta: ({**meta, player: value}, optimizer), extend, (optimizer,), typical=True)
 
 
 def learned(
@@ -131,7 +131,7 @@ def learned(
             raise ValueError(f"the learned rule reads its parameters from player {player!r}, but meta has {list(meta)}")
         return {name: tree for name, tree in meta.items() if name != player}, rule(meta[player])
 
-    return Start(begin, lambda params: {**params, player: initial}, (), learns=True, typical=False)
+    return Start(begin, lambda params: {**params, player: initial}, (), learns=True)
 
 
 def _learned_rates(
@@ -162,7 +162,7 @@ def _learned_rates(
         params = {name: tree for name, tree in meta.items() if name not in owners}
         return params, optax.chain(direction or optax.identity(), _descend(log_rates, at))
 
-    return Start(begin, extend, () if direction is None else (direction,), learns=True)
+    return Start(begin, extend, () if direction is None else (direction,), learns=True, typical=True)
 
 
 def _descend(log_rates: Params, at: Callable[[Array, Array], Array]) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ import optax
 from metagen_jax.adapt import dual
 from metagen_jax.adapt.factored import Adapter
 from metagen_jax.adapt.linear_rule import is_linear
-from metagen_jax.adapt.products import is_matrix
+from metagen_jax.adapt.products import floats_differing_like, is_matrix
 from metagen_jax.adapt.safety import check_differentiable
 from metagen_jax.adapt.starts import Start
 from metagen_jax.games import GradientField
@@ -104,7 +104,8 @@ def unroll(
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     rules = start.rules if isinstance(start, Start) and not first_order else ()
-    unchecked = [rule for rule in rules if not check_differentiable(rule)]
+    with jax.ensure_compile_time_eval():
+        unchecked = [rule for rule in rules if not check_differentiable(rule)]
     fields = _turns(field)
     takes = [_route(field, inner_grad) for field in fields]
     games = [field for field in fields if isinstance(field, GradientField)]
@@ -155,7 +156,7 @@ def pays(layer: dual.Layer) -> bool:
 
 def _may_pay(leaf: Array, support: Examples) -> bool:
     """Whether the dual form of a kernel of this size could be worth it, were each example met once."""
-    num = jax.tree.leaves(support)[0].shape[0] if support is not None else 1
+    num = min((jnp.shape(rows)[0] for rows in jax.tree.leaves(support) if jnp.ndim(rows)), default=1)
     return is_matrix(leaf) and num * sum(leaf.shape) <= PAYS * leaf.size
 
 
@@ -214,7 +215,8 @@ def _follows(
     """Whether the rule moves these layers linearly; what was tried once is known."""
     groups = tuple({turn.players: turn.each * loop.num_steps for turn in loop.turns}.items())
     kernels = tuple(layer.leaf for layer in layers)
-    question = (jax.tree.structure(params), kernels, groups)
+    shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in jax.tree.leaves(params))
+    question = (jax.tree.structure(params), shapes, kernels, groups)
     if question not in known and isinstance(start, Start):
         known[question] = is_linear(start, params, kernels, groups)
     return known[question]
@@ -245,11 +247,12 @@ def _inner_loop(
     params, rule = start(meta)
     groups = [_movers(field, params, key, support) for field in fields]
     together = tuple(dict.fromkeys(groups))
+    dual.check_company(groups)
     players = tuple(name for group in together for name in group)
-    if len(set(players)) != len(players):
-        raise ValueError(f"a player may move in one company only, so that it has one optimiser state; got {together}")
     moving = {name: params[name] for name in players}
     states = {group: rule.init({name: params[name] for name in group}) for group in together}
+    if floats := [leaf for leaf in jax.tree.leaves(moving) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]:
+        states = floats_differing_like(states, jnp.asarray(floats[0]))
 
     # Raw bits rather than a key: differentiation and recomputation use a step's noise again, and mean to.
     bits, kind = jax.random.key_data(key), jax.random.key_impl(key)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import optax
 
@@ -87,7 +88,8 @@ def automatic_chunk(field: Field, meta: Params, keys: Key, tasks: Task) -> int:
     outputs = jax.tree.unflatten(jax.tree.structure(shapes), traced.jaxpr.outvars)
     still, sizes = set(traced.jaxpr.invars), {True: 0, False: 0}
     for kind, variables in zip(factored, outputs, strict=True):
-        moved = [variable.aval for variable in jax.tree.leaves(variables) if variable not in still]
+        variables = [variable for variable in jax.tree.leaves(variables) if not isinstance(variable, jex.Literal)]
+        moved = [variable.aval for variable in variables if variable not in still]
         sizes[kind] += sum(aval.size * aval.dtype.itemsize for aval in moved)
     fits = [n for n in range(1, num_tasks + 1) if n * sizes[False] <= MOVED and n * sizes[True] <= TAKEN_UP]
     return max([1, *(n for n in fits if num_tasks % n == 0)])
@@ -208,7 +210,7 @@ def _weighted(weights: Array, leaf: Array | Factored) -> Array:
         return jnp.tensordot(weights, leaf, 1)
     left, right = (part.reshape(-1, part.shape[-1]) for part in (leaf.left, leaf.right))
     scale = (weights[:, None] * leaf.scale).reshape(-1, 1)
-    change = (scale * left).T @ right
+    change = jnp.matmul((scale * left).T, right, precision="highest")
     return change if leaf.base is None else change + jnp.tensordot(weights, leaf.base, 1)
 
 

@@ -5,7 +5,8 @@ the query. Differentiated one by one, each makes a gradient of the size of the k
 
     dL/dW = sum_i x_i^T (dL/dy_i) + (dL/dz_i)^T d_i = [x_1; x_2; ...]^T [dL/dy_1; dL/dy_2; ...],
 
-it is one product that contracts over all tasks and steps, and a kernel's worth of memory is written once.
+it is one product that contracts over all tasks and steps, and a kernel's worth of memory is written once. A kernel that
+enters a loop (the scanned steps of the plain form) or is met otherwise is differentiated as usual.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metagen_jax.adapt.products import Dot, Use, is_matrix, run, taps, trace, uses_of
+from metagen_jax.adapt.products import Dot, Use, is_matrix, owners, run, taps, trace, uses_of
 from metagen_jax.games import GradientField, one_by_one
 from metagen_jax.types import Array, Field, Key, Metrics, Params
 
@@ -31,9 +32,9 @@ def gathered(field: GradientField) -> Field:
         arguments = (params, key, batch)
         program, leaves = trace(scores, *arguments), jax.tree.leaves(arguments)
         own, structure = jax.tree.flatten(params)
-        owners = [name for name in sorted(params) for _ in jax.tree.leaves(params[name])]
+        owner = owners(params)
         players = {name for group in groups for name in group}
-        moving = [index for index, name in enumerate(owners) if name in players]
+        moving = [index for index, name in enumerate(owner) if name in players]
         candidates = [index for index in moving if is_matrix(own[index])]
         found, asked = uses_of(program, leaves, candidates)
         uses = {i: [use for use in found if use.kernel == i and not use.stopped] for i in candidates if i not in asked}
@@ -46,7 +47,7 @@ def gathered(field: GradientField) -> Field:
             inputs: dict[int, list[Array]] = {index: [] for index in zeros}
 
             def product(use: Use, x: Array, dot: Dot) -> Array:
-                kernel = jax.lax.stop_gradient(own[use.kernel])
+                kernel = jax.lax.stop_gradient(own[use.kernel]) if use.stopped else own[use.kernel]
                 made = dot(x, kernel.T if use.transposed else kernel)
                 if use.stopped:
                     return made
@@ -63,7 +64,7 @@ def gathered(field: GradientField) -> Field:
         found_leaves: list[Any] = [None] * len(own)
         for group, (of_free, of_products) in zip(groups, one_by_one(pull_back, losses), strict=True):
             for index in moving:
-                if owners[index] in group:
+                if owner[index] in group:
                     found_leaves[index] = (
                         _product(uses[index], inputs[index], of_products[index], own[index].dtype)
                         if index in uses
@@ -79,4 +80,4 @@ def _product(uses: list[Use], given: list[Array], gradients: list[Array], dtype:
     """Return the gradient [in, out] of a kernel from what it was given and the gradients of what was made."""
     pairs = [(d, x) if use.transposed else (x, d) for use, x, d in zip(uses, given, gradients, strict=True)]
     left, right = (jnp.concatenate([pair[side].astype(dtype) for pair in pairs]) for side in (0, 1))
-    return left.T @ right
+    return jnp.matmul(left.T, right, precision=uses[0].precision)

@@ -85,7 +85,8 @@ def displacement(adapt: Adapt) -> Displacement:
 
     def between(adapted: Array | Factored, begin: Array) -> Array | Factored:
         if isinstance(adapted, Factored):
-            return dataclasses.replace(adapted, base=None, scale=-adapted.scale)
+            base = None if adapted.base is None or adapted.base is begin else begin - adapted.base
+            return dataclasses.replace(adapted, base=base, scale=-adapted.scale)
         return begin - adapted
 
     def field(meta: Params, key: Key, task: Task) -> tuple[Params, Metrics]:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import pytest
 from problems import EVENT, flat, image_task, noisy_net, points, quadratic, tiny_gan, tiny_vae
 
 import metagen_jax as mg
+from metagen_jax.adapt.amortised import amortised as read_support
 from metagen_jax.adapt.dual import prepare
 from metagen_jax.adapt.factored import Factored, compact, is_factored
 from metagen_jax.adapt.linear_rule import is_linear
+from metagen_jax.adapt.starts import Start
 from metagen_jax.adapt.unroll import pays
 from metagen_jax.dynamics import alternating, extragradient
 from metagen_jax.meta.batch import sum_over_tasks
@@ -32,15 +35,6 @@ def _filled(shapes):
             tree,
         )
         for name, tree in shapes.items()
-    }
-
-
-def _adam_free_starts(players):
-    return {
-        "descent": mg.fixed(optax.sgd(0.1)),
-        "momentum": mg.fixed(optax.sgd(0.1, momentum=0.8, nesterov=True)),
-        "schedule": mg.fixed(optax.sgd(optax.linear_schedule(0.2, 0.05, 3))),
-        "learned": mg.per_step(STEPS, 0.1, players),
     }
 
 
@@ -204,6 +198,15 @@ def test_the_rule_for_paying_compares_what_is_taken_up_with_the_kernel():
     assert not pays(wide._replace(moves=2))
 
 
+def _by_size():
+    """Return descent at a larger rate for smaller arrays, which coordinates would be."""
+
+    def labels(params):
+        return jax.tree.map(lambda leaf: "large" if leaf.size > 4 else "small", params)
+
+    return optax.partition({"large": optax.sgd(0.01), "small": optax.sgd(0.1)}, labels)
+
+
 @pytest.mark.parametrize(
     ("rule", "linear"),
     [
@@ -219,6 +222,10 @@ def test_the_rule_for_paying_compares_what_is_taken_up_with_the_kernel():
         (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), False),
         (optax.chain(optax.centralize(), optax.sgd(0.1)), False),
         (optax.contrib.muon(0.1), False),
+        (optax.chain(optax.zero_nans(), optax.sgd(0.1)), False),
+        (optax.stateless(lambda g, p: jax.tree.map(lambda g: -g / g.shape[0], g)), False),
+        (optax.stateless(lambda g, p: jax.tree.map(lambda g, p: -g * (p >= 0), g, p)), False),
+        (_by_size(), False),
     ],
 )
 def test_rules_are_told_apart_by_trying_them(rule, linear):
@@ -235,6 +242,81 @@ def test_learned_rates_are_linear_for_each_layer_and_not_for_each_entry():
     assert not is_linear(mg.per_parameter(0.1, ("a",)), params, (0,), groups)
     cubed = mg.learned(lambda p: optax.stateless(lambda g, _: jax.tree.map(lambda g: -0.1 * g - p * g**3, g)), 0.0)
     assert not is_linear(cubed, params, (0,), groups)  # linear only where it begins
+
+
+def test_a_start_of_ones_own_is_not_taken_for_linear_unless_it_says_so():
+    begin = lambda meta: ({"a": meta["a"]}, optax.stateless(lambda g, p: jax.tree.map(lambda g: -meta["rule"] * g, g)))  # noqa: E731
+    own = Start(begin, lambda params: {**params, "rule": jnp.array(0.1)}, (), learns=True)
+    params = {"a": {"kernel": jnp.ones((4, 5))}}
+    assert not is_linear(own, params, (0,), [(("a",), 2)])
+    assert is_linear(dataclasses.replace(own, typical=True), params, (0,), [(("a",), 2)])
+
+
+def test_turns_of_different_games_of_the_same_players_keep_the_plain_form(x64):
+    """They meet a kernel in different ways, so that what it took up in one turn is not what it takes up in the other."""
+
+    def game(transposed):
+        def loss(params, key, batch):
+            x = batch.x.reshape(batch.x.shape[0], -1)
+            w = params["w"].T if transposed else params["w"]
+            return jnp.square(jnp.sin(x @ w)).sum(), {}
+
+        return mg.cooperative(loss, ("w",))
+
+    fields = [mg.vector_field(game(False)), mg.vector_field(game(True))]
+    meta = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(36, 36)) / 6)}
+    found = [
+        mg.unroll(fields, mg.fixed(optax.sgd(0.01)), 2, form=form)(meta, jax.random.key(0), image_task().support)[0][
+            "w"
+        ]
+        for form in ("auto", "plain")
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-12)
+    with pytest.raises(ValueError, match="no dense layer"):
+        mg.unroll(fields, mg.fixed(optax.sgd(0.01)), 2, form="dual")(meta, jax.random.key(0), image_task().support)
+
+
+@pytest.mark.parametrize("cast", [jnp.int32, jnp.bfloat16])
+def test_a_kernel_that_is_rounded_and_cast_back_is_not_a_layer(cast):
+    def loss(params, key, batch):
+        x = batch.x.reshape(batch.x.shape[0], -1)
+        return jnp.square(x @ params["w"].astype(cast).astype(x.dtype)).sum(), {}
+
+    model = mg.Model(lambda key: {"w": jnp.zeros((36, 4))}, mg.cooperative(loss, ("w",)), None)
+    assert _loop_of(model, 2).layers == []
+
+
+def test_the_displacement_is_from_where_the_tasks_began_to_meta():
+    """Reading the support changes a kernel before the steps in the dual form do."""
+    model = noisy_net()
+    read = read_support(
+        lambda meta, support: {"head": 2 * meta["head"]},
+        mg.unroll(mg.vector_field(model.game), mg.fixed(optax.sgd(0.1)), 2, form="dual"),
+    )
+    meta, task = model.init(jax.random.key(0)), image_task()
+    adapted, _ = read(meta, jax.random.key(1), task.support)
+    found, _ = mg.displacement(read)(meta, jax.random.key(1), task)
+    np.testing.assert_allclose(flat(found), flat(meta) - flat(adapted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loop", ["scan", "unrolled"])
+def test_tasks_on_several_devices_adapt_in_the_dual_form_as_on_one(loop):
+    """Without care, what a layer took up would be summed over the devices."""
+    model = noisy_net()
+    learner = mg.maml(model, mg.fixed(optax.sgd(0.1, momentum=0.5)), 2, form="dual", loop=loop)
+    total = sum_over_tasks(learner.field)
+    mesh = jax.make_mesh((2,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def spread(meta, keys, tasks, weights):
+        meta = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "task", to="varying"), meta)
+        return jax.lax.psum(total(meta, keys, tasks, weights)[0], "task")
+
+    shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("task")
+    over_devices = jax.shard_map(spread, mesh=mesh, in_specs=(shared, split, split, split), out_specs=shared)
+    arguments = (task_keys(jax.random.key(1), 2), _tasks(), jnp.full(2, 0.5))
+    meta = model.init(jax.random.key(0))
+    expected, _ = jax.jit(total)(meta, *jax.tree.map(jnp.copy, arguments))
+    np.testing.assert_allclose(flat(jax.jit(over_devices)(meta, *arguments)), flat(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_the_dual_form_says_why_it_does_not_apply():

@@ -55,6 +55,16 @@ def test_a_kernel_that_is_met_often_is_differentiated_by_one_product():
     assert products(gathered(field)) == 1
 
 
+def test_second_derivatives_through_gathered_kernels_are_those_of_the_plain_field(x64):
+    batch, field = jnp.asarray(np.random.default_rng(1).normal(size=(5, SIZE))), mg.vector_field(_game)
+
+    def slope(take):
+        return jax.grad(lambda params: sum(jnp.sin(g).sum() for g in jax.tree.leaves(take(params, None, batch)[0])))
+
+    found, expected = (jax.jit(slope(take))(_params()) for take in (gathered(field), field))
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-10, atol=1e-12)
+
+
 def test_players_that_do_not_move_are_left_out():
     field = mg.vector_field(_game, ("b",))
     assert set(gathered(field)(_params(), None, jnp.ones((5, SIZE)))[0]) == {"b"}
