@@ -26,7 +26,7 @@ SCRIPTS = {
 def main() -> None:
     """Run them and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--only", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     for name in arguments.only:
