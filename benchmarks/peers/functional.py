@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from peers.torch_models import Losses, Params, as_tensor, losses_of, to_images, to_torch
+from peers.torch_models import Losses, Params, data_of, losses_of, to_torch
 
 
 def meta_gradient(
@@ -33,8 +33,8 @@ def meta_gradient(
 ) -> Callable[[], tuple[Losses, Params]]:
     """Return the meta-gradient as a function of nothing, see `peers`; `chunk` tasks are vmapped at a time."""
     meta = to_torch(name, params, dtype, device)
-    data = [to_images(tasks.support.x, dtype, device), as_tensor(noise.support, dtype, device)]
-    data += [to_images(tasks.query.x, dtype, device), as_tensor(noise.query, dtype, device)]
+    support, query, support_noise, query_noise = data_of(tasks, noise, dtype, device)
+    data = [support, support_noise, query, query_noise]
     game, num_tasks = losses_of(name), len(data[0])
     chunk = chunk or num_tasks
 

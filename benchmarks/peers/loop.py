@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peers.torch_models import Losses, Params, as_tensor, count, losses_of, to_images, to_torch
+from peers.torch_models import Losses, Params, count, data_of, losses_of, to_torch
 
 
 def meta_gradient(
@@ -27,8 +27,7 @@ def meta_gradient(
 ) -> Callable[[], tuple[Losses, Params]]:
     """Return the meta-gradient as a function of nothing, see `peers`."""
     meta = to_torch(name, params, dtype, device)
-    support, query = (to_images(examples.x, dtype, device) for examples in (tasks.support, tasks.query))
-    support_noise, query_noise = (as_tensor(draws, dtype, device) for draws in noise)
+    support, query, support_noise, query_noise = data_of(tasks, noise, dtype, device)
     game, num_tasks = losses_of(name), len(support)
     for leaf in _leaves(meta):
         leaf.requires_grad_()

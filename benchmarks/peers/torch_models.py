@@ -37,6 +37,13 @@ def to_numpy(name: str, params: Params) -> Any:
     return nested
 
 
+def data_of(tasks: Any, noise: Any, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return images of support and query and the noise of both as tensors, each with a leading [T]."""
+    support, query = (to_images(examples.x, dtype, device) for examples in (tasks.support, tasks.query))
+    support_noise, query_noise = (as_tensor(draws, dtype, device) for draws in noise)
+    return support, query, support_noise, query_noise
+
+
 def to_images(x: Any, dtype: str, device: str = "cpu") -> Tensor:
     """Turn images [T, N, 28, 28, 1] into [T, N, 1, 28, 28]."""
     return as_tensor(np.asarray(x).reshape(*x.shape[:2], 1, 28, 28), dtype, device)

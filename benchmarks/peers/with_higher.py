@@ -12,17 +12,7 @@ import higher
 import torch
 from torch import Tensor
 
-from peers.torch_models import (
-    Losses,
-    Params,
-    accumulate,
-    as_tensor,
-    count,
-    losses_by_modules,
-    modules_of,
-    to_images,
-    to_torch,
-)
+from peers.torch_models import Losses, Params, accumulate, count, data_of, losses_by_modules, modules_of, to_torch
 
 
 def meta_gradient(
@@ -39,8 +29,7 @@ def meta_gradient(
 ) -> Callable[[], tuple[Losses, Params]]:
     """Return the meta-gradient as a function of nothing, see `peers`."""
     modules = modules_of(name, to_torch(name, params, dtype, device))
-    support, query = (to_images(examples.x, dtype, device) for examples in (tasks.support, tasks.query))
-    support_noise, query_noise = (as_tensor(draws, dtype, device) for draws in noise)
+    support, query, support_noise, query_noise = data_of(tasks, noise, dtype, device)
     optimizers = {player: torch.optim.SGD(module.parameters(), lr=rate) for player, module in modules.items()}
     num_tasks, second = len(support), order == "maml"
 

@@ -11,17 +11,7 @@ import torch
 import torchopt
 from torch import Tensor
 
-from peers.torch_models import (
-    Losses,
-    Params,
-    accumulate,
-    as_tensor,
-    count,
-    losses_by_modules,
-    modules_of,
-    to_images,
-    to_torch,
-)
+from peers.torch_models import Losses, Params, accumulate, count, data_of, losses_by_modules, modules_of, to_torch
 
 
 def meta_gradient(
@@ -38,8 +28,7 @@ def meta_gradient(
 ) -> Callable[[], tuple[Losses, Params]]:
     """Return the meta-gradient as a function of nothing, see `peers`."""
     modules = modules_of(name, to_torch(name, params, dtype, device))
-    support, query = (to_images(examples.x, dtype, device) for examples in (tasks.support, tasks.query))
-    support_noise, query_noise = (as_tensor(draws, dtype, device) for draws in noise)
+    support, query, support_noise, query_noise = data_of(tasks, noise, dtype, device)
     num_tasks = len(support)
     slow = {player: dict(module.named_parameters()) for player, module in modules.items()}
     rules = {player: torchopt.MetaSGD(module, lr=rate) for player, module in modules.items()}

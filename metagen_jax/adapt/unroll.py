@@ -123,15 +123,18 @@ def unroll(
             return None
         found = dual.prepare(games, num_steps, params, key, support)
         chosen = [layer for layer in found.layers if form == "dual" or pays(layer)]
-        if chosen and not _follows(linear, start, params, found, chosen):
-            chosen = []
         if form == "dual" and not chosen:
             raise ValueError(
-                "form='dual' does not apply: no dense layer moves whose kernel is in matrix products only, or the rule "
-                "is not linear in its gradients (descent or momentum at one rate for each layer, not for each entry); "
-                "use form='auto' or 'plain'"
+                "form='dual' does not apply: no dense layer moves whose kernel is met in matrix products only; use "
+                "form='auto' or 'plain'"
             )
-        return found._replace(layers=chosen) if chosen else None
+        follows = bool(chosen) and _follows(linear, start, params, found, chosen)
+        if form == "dual" and not follows:
+            raise ValueError(
+                "form='dual' does not apply: the rule is not linear in its gradients, as descent and momentum are at "
+                "one rate for each layer rather than for each entry; use form='auto' or 'plain'"
+            )
+        return found._replace(layers=chosen) if follows else None
 
     def adapt(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
         if (found := layers(meta, key, support)) is not None:

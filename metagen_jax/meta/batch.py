@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from metagen_jax.adapt.factored import Adapter, Factored, compact, is_factored
+from metagen_jax.adapt.products import differing_like
 from metagen_jax.games import GradientField, vector_field
 from metagen_jax.meta.gathered import gathered
 from metagen_jax.meta.outer import Displacement, TaskGame
@@ -57,7 +58,7 @@ def sum_over_tasks(field: Field, *, chunk: int | Literal["auto"] | None = None) 
 
         first = jax.tree.map(lambda leaf: leaf[:size], (jax.random.clone(keys), tasks, weights))
         shapes, _ = jax.eval_shape(together, meta, *first)
-        zero = jax.tree.map(lambda leaf: _like(jnp.zeros(leaf.shape, leaf.dtype), weights), shapes)
+        zero = jax.tree.map(lambda leaf: differing_like(jnp.zeros(leaf.shape, leaf.dtype), weights), shapes)
         direction, metrics = jax.lax.scan(add, zero, pieces)
         return direction, jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), metrics)
 
@@ -138,11 +139,11 @@ def finite_sum(
         following = jnp.where(number == 0, losses_finite, jnp.where(number + 1 < last, alone, passed))
         return number + 1, following, direction, first, passed, kept, done
 
-    everything = _like(jnp.ones(num_tasks, bool), weights)
+    everything = differing_like(jnp.ones(num_tasks, bool), weights)
     direction, metrics = jax.tree.map(
-        lambda leaf: _like(jnp.zeros(leaf.shape, leaf.dtype), weights), jax.eval_shape(evaluate, everything)
+        lambda leaf: differing_like(jnp.zeros(leaf.shape, leaf.dtype), weights), jax.eval_shape(evaluate, everything)
     )
-    number, done = _like(jnp.array(0), weights), _like(jnp.array(False), weights)
+    number, done = differing_like(jnp.array(0), weights), differing_like(jnp.array(False), weights)
     begin = (number, everything, direction, metrics, ~everything, ~everything, done)
     _, _, direction, metrics, _, kept, _ = jax.lax.while_loop(lambda carry: ~carry[-1], attempt, begin)
     return jax.tree.map(lambda leaf: jnp.where(kept.any(), leaf, 0.0), direction), metrics, kept
@@ -218,8 +219,3 @@ def _losses_finite(metrics: Metrics, num_tasks: int) -> Array:
     losses = query_losses(metrics) + query_losses(metrics, "support/")
     flat = [jnp.isfinite(loss).reshape(num_tasks, -1).all(1) for loss in losses]
     return jnp.stack(flat).all(0) if flat else jnp.ones(num_tasks, bool)
-
-
-def _like(value: Array, reference: Array) -> Array:
-    """Return the value, typed as differing between devices where the reference does (inside `shard_map`)."""
-    return jnp.where(reference[0] == reference[0], value, value)
