@@ -10,7 +10,7 @@ How the products with kernels are made, at which precision, and convolutions in 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,7 @@ from metagen_jax.types import Array, ArrayTree, Key
 
 Activation = Callable[[Array], Array]
 Normalisation = Literal["none", "layer"]
+Pooling = Literal["stride", "max"]
 MODULATION = ("gain", "bias")
 OUTPUT = "output"
 
@@ -141,6 +142,68 @@ def conv_decoder(
     return from_flax(module, jnp.zeros((1, num_inputs)))
 
 
+def conv_features(
+    event: Sequence[int],
+    channels: Sequence[int] = (64, 64, 64, 64),
+    *,
+    pooling: Pooling = "stride",
+    activation: Activation = nn.relu,
+    normalisation: Normalisation = "layer",
+    form: Form = "auto",
+    precision: Precision = "float32",
+) -> Network:
+    """Return 3x3 convolutions that halve height and width, flattened: [N, H, W, C] -> [N, F], as in "conv-4".
+
+    Args:
+        event: (H, W, C).
+        channels: of each stage.
+        pooling: "stride" halves by convolutions of stride 2, "max" by the largest of 2x2 outputs of stride 1 (about
+            four times the operations).
+        activation: after each normalised convolution.
+        normalisation: "layer" for each example; the articles normalise over a batch, which mixes examples.
+        form: of convolutions, see `metagen_jax.models.convolutions`.
+        precision: of their factors.
+
+    Raises:
+        ValueError: an unknown pooling, form or precision.
+
+    Source: Vinyals et al., 2016 (max, 64 channels); Finn, Abbeel & Levine, 2017 (stride, for Omniglot).
+    """
+    known_choices(form=form, precision=precision)
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling must be one of {get_args(Pooling)}, got {pooling!r}")
+    module = _ConvFeatures(tuple(channels), activation, normalisation, pooling, form, precision)
+    return from_flax(module, jnp.zeros((1, *event)))
+
+
+def num_features_of(network: Network, event: Sequence[int]) -> int:
+    """Return F of a network [N, *event] -> [N, F]."""
+    shape = jax.eval_shape(
+        lambda key: network.apply(network.init(key), jnp.zeros((1, *event))), jax.random.key(0)
+    ).shape
+    return shape[-1]
+
+
+def mlp_features(
+    event: Sequence[int],
+    hidden: Sequence[int],
+    *,
+    activation: Activation = nn.relu,
+    normalisation: Normalisation = "layer",
+    precision: Precision = "float32",
+) -> Network:
+    """Return hidden layers without an output layer: [N, *event] -> [N, hidden[-1]].
+
+    Raises:
+        ValueError: an unknown precision, or no layer.
+    """
+    known_choices(precision=precision)
+    if not hidden:
+        raise ValueError("features need at least one hidden layer, got none")
+    module = _MlpFeatures(tuple(hidden), activation, normalisation, precision)
+    return from_flax(module, jnp.zeros((1, *event)))
+
+
 def split_modulation(tree: ArrayTree) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
     """Split a network's parameters into (kernels, modulation, output): output is the last layer, whole.
 
@@ -227,6 +290,40 @@ class _Mlp(nn.Module):
         for index, (features, normalisation) in enumerate(zip(self.hidden, self.normalisation, strict=True)):
             x = _Hidden(features, self.activation, normalisation, dense, name=f"hidden_{index}")(x)
         return _Output(math.prod(self.output), dense, name=OUTPUT)(x).reshape(x.shape[0], *self.output)
+
+
+class _MlpFeatures(nn.Module):
+    hidden: tuple[int, ...]
+    activation: Activation
+    normalisation: Normalisation
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x, dense = x.reshape(x.shape[0], -1), _dense(self.precision)
+        for index, features in enumerate(self.hidden):
+            x = _Hidden(features, self.activation, self.normalisation, dense, name=f"hidden_{index}")(x)
+        return x
+
+
+class _ConvFeatures(nn.Module):
+    channels: tuple[int, ...]
+    activation: Activation
+    normalisation: Normalisation
+    pooling: Pooling
+    form: Form
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        strided = self.pooling == "stride"
+        multiply = functools.partial(convolve, stride=2 if strided else 1, form=self.form, precision=self.precision)
+        for index, features in enumerate(self.channels):
+            stage = _Product(multiply, 3)
+            x = _Hidden(features, self.activation, self.normalisation, stage, name=f"hidden_{index}")(x)
+            if not strided:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return x.reshape(x.shape[0], -1)
 
 
 class _ConvEncoder(nn.Module):
