@@ -52,7 +52,8 @@ def linear() -> Head:
 def prototypes(scale: float = 1.0) -> Head:
     """Return the head of class means: logits -s |f - c_k|^2, up to what is common to all classes.
 
-    It is linear, W = 2 s c^T and b = -s |c|^2, so it can also be where gradient steps begin. A class without examples has the mean zero.
+    It is linear, W = 2 s c^T and b = -s |c|^2, so it can also be where gradient steps begin. A class without examples
+    has the mean zero.
 
     Args:
         scale: initial value of s, whose logarithm is learned.
