@@ -4,6 +4,7 @@ The keys of a run are folded from its seed and the step number, so that a resume
 are folded from its index, so that nothing depends on how the tasks are cut into pieces.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from metagen_jax.adapt.starts import LOG_RATE
+from metagen_jax.meta.annealed import field_at
 from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
 from metagen_jax.meta.learners import MetaLearner, task_keys
 from metagen_jax.tasks.family import Spec, TaskFamily
@@ -70,7 +72,7 @@ def make_step(
     and optimiser stay as they are.
 
     Args:
-        learner: whose field takes one `Task`.
+        learner: whose field takes one `Task`; one that is `Annealed` is followed as it is at each meta-step.
         family: makes the tasks that the sampler describes.
         sampler: proposes T tasks and their weights.
         optimizer: the outer rule, any optax transformation.
@@ -93,33 +95,41 @@ def make_step(
     if mesh is not None and "task" not in mesh.shape:
         raise ValueError(f"expected a mesh with an axis 'task', got the axes {tuple(mesh.shape)}")
 
-    total = sum_over_tasks(learner.field, chunk="auto" if task_chunk is None else task_chunk)
+    total = functools.partial(sum_over_tasks, chunk="auto" if task_chunk is None else task_chunk)
+    total(learner.field)  # which refuses a chunk below one, before anything is traced
 
-    def over(meta: Params, data: Any, specs: Spec, weights: Array, keys: Key) -> tuple[Params, Metrics, Array]:
+    def over(
+        meta: Params, data: Any, taken: Array, specs: Spec, weights: Array, keys: Key
+    ) -> tuple[Params, Metrics, Array]:
         both = jax.vmap(jax.random.split)(keys)
         tasks = jax.vmap(family.make, in_axes=(None, 0, 0))(data, both[:, 0], specs)
-        return finite_sum(total, meta, both[:, 1], tasks, weights)
+        return finite_sum(total(field_at(learner.field, taken)), meta, both[:, 1], tasks, weights)
 
-    def sharded(meta: Params, data: Any, specs: Spec, weights: Array, keys: Key) -> tuple[Params, Metrics, Array]:
+    def sharded(
+        meta: Params, data: Any, taken: Array, specs: Spec, weights: Array, keys: Key
+    ) -> tuple[Params, Metrics, Array]:
         if mesh is None:
-            return over(meta, data, specs, weights, keys)
+            return over(meta, data, taken, specs, weights, keys)
 
-        def per_device(meta: Params, data: Any, *pieces: Any) -> tuple[Params, Metrics, Array]:
+        def per_device(meta: Params, data: Any, taken: Array, *pieces: Any) -> tuple[Params, Metrics, Array]:
             # Without this a device's inner gradients would be summed over all devices: see jax.lax.pcast.
             meta, data = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "task", to="varying"), (meta, data))
-            direction, metrics, finite = over(meta, data, *pieces)
+            direction, metrics, finite = over(meta, data, taken, *pieces)
             return jax.lax.psum(direction, "task"), metrics, finite
 
         shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("task")
         return jax.shard_map(
-            per_device, mesh=mesh, in_specs=(shared, shared, split, split, split), out_specs=(shared, split, split)
-        )(meta, data, specs, weights, keys)
+            per_device,
+            mesh=mesh,
+            in_specs=(shared, shared, shared, split, split, split),
+            out_specs=(shared, split, split),
+        )(meta, data, taken, specs, weights, keys)
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
         propose_key, tasks_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         specs, weights = sampler.propose(state.sampler, data, propose_key)
         keys = task_keys(tasks_key, weights.shape[0])
-        direction, per_task, finite = sharded(state.meta, data, specs, weights, keys)
+        direction, per_task, finite = sharded(state.meta, data, state.step, specs, weights, keys)
         kept = jnp.where(finite, weights, 0.0)
         scale = weights.sum() / jnp.where(finite.any(), kept.sum(), 1.0)
         direction = jax.tree.map(lambda leaf: leaf * scale, direction)

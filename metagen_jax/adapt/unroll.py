@@ -100,12 +100,8 @@ def unroll(
     """
     if num_steps < 0:
         raise ValueError(f"the number of inner steps cannot be negative, got {num_steps}")
-    for name, value, known in (("remat", remat, Remat), ("form", form, Form), ("loop", loop, LoopKind)):
-        if value not in get_args(known):
-            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
-    rules = start.rules if isinstance(start, Start) and not first_order else ()
-    with jax.ensure_compile_time_eval():
-        unchecked = [rule for rule in rules if not check_differentiable(rule)]
+    _check_options(remat=(remat, Remat), form=(form, Form), loop=(loop, LoopKind))
+    unchecked = _unchecked(start, first_order)
     fields = _turns(field)
     takes = [_route(field, inner_grad) for field in fields]
     games = [field for field in fields if isinstance(field, GradientField)]
@@ -142,9 +138,7 @@ def unroll(
             once = loop == "scan" or (loop == "auto" and max(layer.moves for layer in found.layers) > UNROLLED)
             return dual.descend(found, rule, params, key, support, first_order=first_order, unrolled=not once)
         params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
-        for rule in unchecked:  # rules that only make sense for these players
-            with jax.ensure_compile_time_eval():
-                check_differentiable(rule, tuple(carry[0]))
+        _check_for(unchecked, tuple(carry[0]))
         (moving, _), trace = _scan(step, carry, num_steps, remat, loop)
         return {**params, **moving}, trace
 
@@ -163,28 +157,89 @@ def _may_pay(leaf: Array, support: Examples) -> bool:
     return is_matrix(leaf) and num * sum(leaf.shape) <= PAYS * leaf.size
 
 
-def trajectory(field: Field | Sequence[Field], start: AnyStart) -> Path:
-    """Return the function that gives the parameters after every step: the same steps as `unroll`, for evaluation.
+def every_step(
+    field: Field | Sequence[Field],
+    start: AnyStart,
+    *,
+    first_order: bool = True,
+    inner_grad: InnerGrad = "reverse",
+    remat: Remat = "none",
+    loop: LoopKind = "auto",
+) -> Callable[[Params, Key, Examples, int], tuple[Params, Params, Metrics]]:
+    """Return the function that keeps what moves after every step: the same steps as `unroll`, in the plain form.
 
-    Memory is that of num_steps + 1 copies of what moves; the players that do not move are repeated as a view.
+    Args:
+        field: as in `unroll`, and so are the options.
+        start: as in `unroll`.
+        first_order: treat the directions as constants; False to learn through the steps.
+        inner_grad: as in `unroll`.
+        remat: as in `unroll`.
+        loop: as in `unroll`.
+
+    Returns:
+        (meta, key, support, num_steps) -> (parameters where the loop begins, those that move after 0, 1, ... num_steps
+        steps: [num_steps + 1, ...], trace).
+
+    Raises:
+        ValueError: as `unroll`.
     """
     fields = _turns(field)
+    takes = [_route(field, inner_grad) for field in fields]
+    _check_options(remat=(remat, Remat), loop=(loop, LoopKind))
+    unchecked = _unchecked(start, first_order)
 
-    def path(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Metrics]:
-        params, carry, step = _inner_loop(fields, fields, start, meta, key, support, first_order=True)
+    def moves(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Params, Metrics]:
+        params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
+        _check_for(unchecked, tuple(carry[0]))
 
         def keep(carry: Carry, index: Array) -> tuple[Carry, tuple[Params, Metrics]]:
             following, metrics = step(carry, index)
             return following, (following[0], metrics)
 
-        _, (after, trace) = jax.lax.scan(keep, carry, jnp.arange(num_steps))
-        begin = carry[0]
-        moving = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), begin, after)
-        still = {name: tree for name, tree in params.items() if name not in moving}
-        still = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_steps + 1, *jnp.shape(leaf))), still)
-        return {name: (moving if name in moving else still)[name] for name in params}, trace
+        _, (after, trace) = _scan(keep, carry, num_steps, remat, loop)
+        return params, jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), carry[0], after), trace
+
+    return moves
+
+
+def trajectory(field: Field | Sequence[Field], start: AnyStart) -> Path:
+    """Return the function that gives the parameters after every step: the same steps as `unroll`, for evaluation.
+
+    Memory is that of num_steps + 1 copies of what moves; the players that do not move are repeated as a view.
+    """
+    moves = every_step(field, start)
+
+    def path(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Metrics]:
+        params, moving, trace = moves(meta, key, support, num_steps)
+        return repeated(params, moving, num_steps + 1), trace
 
     return path
+
+
+def repeated(params: Params, moving: Params, num: int) -> Params:
+    """Return what moves, [num, ...], among the players that do not, repeated as a view."""
+    still = {name: tree for name, tree in params.items() if name not in moving}
+    still = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *jnp.shape(leaf))), still)
+    return {name: (moving if name in moving else still)[name] for name in params}
+
+
+def _check_options(**options: tuple[str, Any]) -> None:
+    for name, (value, known) in options.items():
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
+
+
+def _unchecked(start: AnyStart, first_order: bool) -> list[optax.GradientTransformation]:
+    """Refuse rules that cannot be differentiated safely; return those that can only be tried on their players."""
+    rules = start.rules if isinstance(start, Start) and not first_order else ()
+    with jax.ensure_compile_time_eval():
+        return [rule for rule in rules if not check_differentiable(rule)]
+
+
+def _check_for(rules: Sequence[optax.GradientTransformation], players: tuple[str, ...]) -> None:
+    for rule in rules:  # that only make sense for these players
+        with jax.ensure_compile_time_eval():
+            check_differentiable(rule, players)
 
 
 def _route(field: Field, inner_grad: str) -> Field:
@@ -280,7 +335,7 @@ def _inner_loop(
     return params, (moving, states), step
 
 
-def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str, loop: str) -> tuple[Carry, Metrics]:
+def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str, loop: str) -> tuple[Carry, Any]:
     indices, traces = jnp.arange(num_steps), []
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=loop == "unrolled")
@@ -289,7 +344,7 @@ def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str, lo
         traces.append(jax.tree.map(lambda leaf: leaf[None], first))
         indices = indices[1:]
 
-    def steps(carry: Carry, indices: Array) -> tuple[Carry, Metrics]:
+    def steps(carry: Carry, indices: Array) -> tuple[Carry, Any]:
         return jax.lax.scan(step, carry, indices, unroll=loop == "unrolled")
 
     block = math.isqrt(len(indices))
@@ -306,5 +361,5 @@ def _scan(step: Callable[..., Any], carry: Carry, num_steps: int, remat: str, lo
     return carry, _joined(traces)
 
 
-def _joined(traces: Sequence[Metrics]) -> Metrics:
+def _joined(traces: Sequence[Any]) -> Any:
     return traces[0] if len(traces) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
