@@ -7,6 +7,7 @@
 | body       | kernels of the body                                           |
 | modulation | gain and bias of every unit (or channel) of the body          |
 | head       | what is learned of the head; after reading, the task's head   |
+| structure  | gates of the body's layers and units (if it has any)          |
 | context    | a vector that shifts gains and biases (if there is one)       |
 | maps       | linear maps from the context to what it shifts                |
 
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 
 from metagen_jax.games import cooperative
 from metagen_jax.models.heads import Head, linear
-from metagen_jax.models.networks import Network, join, split_modulation
+from metagen_jax.models.networks import Network, has_gates, join, split_modulation, split_structure
 from metagen_jax.models.parts import init_maps, moved_by
+from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Examples, Key, Metrics, Model, Params
 
@@ -53,9 +55,10 @@ def classifier(
     """Return the classifier of a body and a head.
 
     Args:
-        body: [N, *event] -> [N, num_features], `conv_features` or `mlp_features` for instance.
+        body: [N, *event] -> [N, num_features], `conv_features` or `mlp_features` for instance, or a network with gates
+            (`metagen_jax.models.structure`), which are then a player `structure`.
         num_features: F.
-        num_classes: C, the ways of its tasks; labels are 0 to C - 1, and -1 for unlabelled.
+        num_classes: C, the ways of its tasks; labels are 0 to C - 1, and any other means unlabelled, as -1 does.
         head: of `metagen_jax.models.heads`; linear if not given.
         context: length of the context vector; 0 for none (then there are no players `context` and `maps`).
 
@@ -75,7 +78,8 @@ def classifier(
 
     def init(key: Key) -> Params:
         body_key, head_key, maps_key = jax.random.split(key, 3)
-        kernels, modulation, output = split_modulation(body.init(body_key))
+        weights, gates = split_structure(body.init(body_key))
+        kernels, modulation, output = split_modulation(weights)
         params = {
             "body": join(kernels, output),
             "modulation": modulation,
@@ -84,7 +88,7 @@ def classifier(
         if context:
             targets = {"modulation": modulation, **({} if top.reads else {"head": params["head"]})}
             params |= {"context": jnp.zeros(context), "maps": init_maps(maps_key, context, targets)}
-        return params
+        return params | ({STRUCTURE: gates} if gates else {})
 
     def moved(params: Params) -> Params:
         """Return the parameters with the context's part added to what it moves."""
@@ -94,7 +98,7 @@ def classifier(
         return params | {name: jax.tree.map(jnp.add, params[name], part) for name, part in shift.items()}
 
     def of_body(params: Params, x: Array) -> Array:
-        made = body.apply(join(params["body"], params["modulation"]), x)
+        made = body.apply(join(params["body"], params["modulation"], params.get(STRUCTURE, {})), x)
         if made.shape[1:] != (num_features,):
             raise ValueError(f"expected a body that makes [N, {num_features}], got {list(made.shape)} from this one")
         return made
@@ -114,12 +118,12 @@ def classifier(
         del key
         log_p = jax.nn.log_softmax(logits(params, batch.x))
         label = jnp.clip(batch.label, 0, num_classes - 1)
-        weight = batch.weight * (batch.label >= 0)
+        weight = batch.weight * ((batch.label >= 0) & (batch.label < num_classes))
         cross_entropy = weighted_mean(-jnp.take_along_axis(log_p, label[:, None], 1)[:, 0], weight)
         correct = weighted_mean((log_p.argmax(1) == label).astype(log_p.dtype), weight)
         return cross_entropy, {"accuracy": correct, "cross_entropy": cross_entropy}
 
-    players = WITH_CONTEXT if context else PLAYERS
+    players = (*(WITH_CONTEXT if context else PLAYERS), *((STRUCTURE,) if has_gates(body) else ()))
     return Classifier(
         Model(init, cooperative(loss, players), _no_sample), features, logits, embed, top, num_features, num_classes
     )

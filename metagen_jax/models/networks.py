@@ -33,6 +33,7 @@ Normalisation = Literal["none", "layer"]
 Pooling = Literal["stride", "max"]
 MODULATION = ("gain", "bias")
 OUTPUT = "output"
+LAYER_GATE, WIDTH_GATE = "layer_gate", "width_gate"
 
 
 gelu = nn.gelu
@@ -213,6 +214,19 @@ def split_modulation(tree: ArrayTree) -> tuple[ArrayTree, ArrayTree, ArrayTree]:
     for path, leaf in flatten_dict(tree).items():
         parts[2 if path[0] == OUTPUT else 1 if path[-1] in MODULATION else 0][path] = leaf
     return tuple(unflatten_dict(part) for part in parts)
+
+
+def split_structure(tree: ArrayTree) -> tuple[ArrayTree, ArrayTree]:
+    """Split a network's parameters into (all but its gates, its gates); a network without gates has {} of them."""
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in flatten_dict(tree).items():
+        parts[1 if LAYER_GATE in path or WIDTH_GATE in path else 0][path] = leaf
+    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+
+
+def has_gates(network: Network) -> bool:
+    """Whether a network's parameters have gates of structure (`metagen_jax.models.structure`)."""
+    return bool(split_structure(jax.eval_shape(network.init, jax.random.key(0)))[1])
 
 
 def join(*parts: ArrayTree) -> ArrayTree:

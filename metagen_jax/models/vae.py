@@ -16,6 +16,7 @@ moving the large kernels are the gains and biases of all units, directly or thro
 | head       | the decoder's last layer, and the likelihood's own parameters       | large        |
 | modulation | gain and bias of every hidden unit (or channel) of both networks    | small        |
 | prior      | mean, log scale and coupling of the codes                           | small        |
+| structure  | gates of the layers and units of both networks (if there are any)   | small        |
 | context    | the vector c (if there is one)                                      | small        |
 | maps       | A, B, M, S, O, linear in the context                                | large        |
 
@@ -31,8 +32,9 @@ from jax.scipy.linalg import solve_triangular
 
 from metagen_jax.games import cooperative
 from metagen_jax.models.likelihoods import Likelihood
-from metagen_jax.models.networks import Network, join, split_modulation
+from metagen_jax.models.networks import Network, has_gates, join, split_modulation, split_structure
 from metagen_jax.models.parts import init_maps, moved_by
+from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, ArrayTree, Examples, Key, LatentVariable, Metrics, Model, Params
 
@@ -54,7 +56,8 @@ def vae(
     """Return the VAE of two networks.
 
     Args:
-        encoder: [N, *event] -> [N, 2 * num_latents], mean and log scale of q(z | x).
+        encoder: [N, *event] -> [N, 2 * num_latents], mean and log scale of q(z | x). Gates in either network
+            (`metagen_jax.models.structure`) are a player `structure`.
         decoder: [N, num_latents] -> [N, *event], the likelihood's output.
         likelihood: `bernoulli()` or `gaussian()`.
         num_latents: Z.
@@ -76,8 +79,10 @@ def vae(
 
     def init(key: Key) -> Params:
         encoder_key, decoder_key, maps_key = jax.random.split(key, 3)
-        encoder_kernels, encoder_modulation, encoder_output = split_modulation(encoder.init(encoder_key))
-        decoder_kernels, decoder_modulation, decoder_output = split_modulation(decoder.init(decoder_key))
+        encoder_weights, encoder_gates = split_structure(encoder.init(encoder_key))
+        decoder_weights, decoder_gates = split_structure(decoder.init(decoder_key))
+        encoder_kernels, encoder_modulation, encoder_output = split_modulation(encoder_weights)
+        decoder_kernels, decoder_modulation, decoder_output = split_modulation(decoder_weights)
         shape = (num_latents,)
         prior = {"mean": jnp.zeros(shape), "log_scale": jnp.zeros(shape), "coupling": jnp.zeros(shape * 2)}
         params = {
@@ -90,7 +95,11 @@ def vae(
         if context:
             targets = {"modulation": params["modulation"], "prior": _location(prior), "bias": _bias(decoder_output)}
             params |= {"context": jnp.zeros(context), "maps": init_maps(maps_key, context, targets)}
-        return params
+        gates = {"encoder": encoder_gates, "decoder": decoder_gates}
+        return params | ({STRUCTURE: gates} if encoder_gates or decoder_gates else {})
+
+    def gates_of(params: Params, network: str) -> ArrayTree:
+        return params[STRUCTURE][network] if STRUCTURE in params else {}
 
     def moved(params: Params) -> Params:
         """Return the parameters with the context's part added to what it moves."""
@@ -106,12 +115,13 @@ def vae(
         }
 
     def encoded(params: Params, x: Array) -> tuple[Array, Array]:
-        tree = join(*params["encoder"].values(), params["modulation"]["encoder"])
+        tree = join(*params["encoder"].values(), params["modulation"]["encoder"], gates_of(params, "encoder"))
         mean, log_scale = jnp.split(encoder.apply(tree, x), 2, axis=-1)
         return mean, log_scale
 
     def output(params: Params, z: Array) -> Array:
-        return decoder.apply(join(params["decoder"], params["head"]["output"], params["modulation"]["decoder"]), z)
+        own = params["decoder"], params["head"]["output"], params["modulation"]["decoder"], gates_of(params, "decoder")
+        return decoder.apply(join(*own), z)
 
     def log_prob(params: Params, x: Array, z: Array) -> Array:
         return likelihood.log_prob(params["head"]["likelihood"], output(params, z), x)
@@ -137,7 +147,9 @@ def vae(
         log_prior=lambda params, z: prior_log_density(moved(params)["prior"], z),
         log_likelihood=lambda params, x, z: log_prob(moved(params), x, z),
     )
-    return Vae(Model(init, cooperative(loss, WITH_CONTEXT if context else PLAYERS), sample), latent)
+    gated = (STRUCTURE,) if has_gates(encoder) or has_gates(decoder) else ()
+    players = (*(WITH_CONTEXT if context else PLAYERS), *gated)
+    return Vae(Model(init, cooperative(loss, players), sample), latent)
 
 
 def prior_log_density(prior: ArrayTree, z: Array) -> Array:
