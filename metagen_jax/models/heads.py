@@ -28,6 +28,7 @@ from metagen_jax.types import Array, ArrayTree, Key
 
 Similarity = Literal["cosine", "l2"]
 _TINY = 1e-8
+_ABSENT = -1e9  # the logit of what is not there: finite, so that losses and gradients are
 
 
 class Head(NamedTuple):
@@ -39,11 +40,16 @@ class Head(NamedTuple):
     reads: bool = True  # whether it has to be read off a support set before it can score
 
 
-def linear() -> Head:
-    """Return the linear head f W + b, which nothing is read into: gradient steps move it."""
+def linear(scale: float = 0.0) -> Head:
+    """Return the linear head f W + b, which nothing is read into: gradient steps move it.
+
+    Args:
+        scale: of the initial logits. The labels of a task are exchangeable, so the best beginning knows none of them,
+            and zero learns fastest; where only the body moves inside (BOIL), zero would give it no gradient: use 1.
+    """
 
     def init(key: Key, num_features: int, num_classes: int) -> ArrayTree:
-        kernel = jax.random.normal(key, (num_features, num_classes)) / num_features**0.5
+        kernel = scale / num_features**0.5 * jax.random.normal(key, (num_features, num_classes))
         return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
 
     return Head(init, lambda head, features, targets: head, _linear_score, reads=False)
@@ -131,20 +137,22 @@ def matching(similarity: Similarity = "l2", scale: float = 1.0) -> Head:
         return {**head, "features": features, "targets": targets}
 
     def score(head: ArrayTree, features: Array) -> Array:
-        kept, targets = _read(head, "features"), head["targets"]
+        kept, targets = read_leaf(head, "features"), head["targets"]
         if similarity == "cosine":
-            alike = _unit(features) @ _unit(kept).T
+            alike = unit(features) @ unit(kept).T
         else:
-            alike = 2 * features @ kept.T - jnp.square(kept).sum(1)  # |f|^2 is common to all
+            alike = 2 * features @ kept.T - jnp.square(kept).sum(1)[None]  # |f|^2 is common to all
         weight = targets.sum(1)
-        alike = jnp.where(weight > 0, jnp.exp(head["log_scale"]) * alike, -jnp.inf)
-        log_attention = jax.nn.log_softmax(alike + jnp.log(jnp.where(weight > 0, weight, 1.0)), axis=1)
-        share = targets / jnp.where(weight > 0, weight, 1.0)[:, None]
-        # the largest of each class is taken out, so that far classes keep a finite logit and a gradient
-        of_class = jnp.where(share > 0, log_attention[:, :, None] + jnp.log(jnp.where(share > 0, share, 1.0)), -jnp.inf)
-        present = (share > 0).any(0)
-        safe = jnp.where(present, of_class, 0.0)
-        return jnp.where(present, jax.scipy.special.logsumexp(safe, axis=1), -1e9)
+        labelled = weight > 0
+        weight = jnp.where(labelled, weight, 1.0)
+        alike = jnp.where(labelled[None], jnp.exp(head["log_scale"]) * alike, _ABSENT)
+        log_attention = jax.nn.log_softmax(alike + jnp.log(weight)[None], axis=1)
+        share = targets / weight[:, None]
+        log_share = jnp.where(share > 0, jnp.log(jnp.where(share > 0, share, 1.0)), -jnp.inf)
+        # summed as logarithms, so that far classes keep a finite logit and a gradient
+        of_class, present = log_attention[:, :, None] + log_share[None], (share > 0).any(0)
+        log_p = jax.scipy.special.logsumexp(jnp.where(present[None, None], of_class, 0.0), axis=1)
+        return jnp.where(present[None], log_p, _ABSENT)
 
     return Head(_log_scale(scale), read, score)
 
@@ -168,7 +176,7 @@ def relation(network: Network, scale: float = 10.0) -> Head:
         return {**head, "means": class_means(features, targets)}
 
     def score(head: ArrayTree, features: Array) -> Array:
-        means = _read(head, "means")
+        means = read_leaf(head, "means")
         shape = (features.shape[0], means.shape[0], means.shape[1])
         pairs = jnp.concatenate(
             [jnp.broadcast_to(means[None], shape), jnp.broadcast_to(features[:, None], shape)], axis=2
@@ -190,10 +198,11 @@ def _log_scale(scale: float) -> Callable[[Key, int, int], ArrayTree]:
 
 
 def _linear_score(head: ArrayTree, features: Array) -> Array:
-    return features @ _read(head, "kernel") + head["bias"]
+    return features @ read_leaf(head, "kernel") + head["bias"][None]
 
 
-def _read(head: ArrayTree, name: str) -> Array:
+def read_leaf(head: ArrayTree, name: str) -> Array:
+    """Return a leaf of a task's head, or raise `ValueError` if it was never read off a support set."""
     if name not in head:
         raise ValueError(
             f"this head has {sorted(head)}, but no {name!r}: it has to be read off a support set before it can score; "
@@ -202,5 +211,6 @@ def _read(head: ArrayTree, name: str) -> Array:
     return head[name]
 
 
-def _unit(features: Array) -> Array:
+def unit(features: Array) -> Array:
+    """Return features [N, F] over their length; zero for a feature that is zero."""
     return features * jax.lax.rsqrt(jnp.square(features).sum(-1, keepdims=True) + _TINY)
