@@ -1,0 +1,48 @@
+"""A VAE that reads its support in closed form: the prior of a task is fitted to the codes of its examples.
+
+    q(z | x_n) = N(mu_n, s_n^2):   m = (l m_0 + sum_n w_n mu_n) / (l + sum_n w_n)
+                                   s^2 = (l s_0^2 + sum_n w_n ((mu_n - m)^2 + s_n^2)) / (l + sum_n w_n)
+
+the class mean of metric-based learners, for generation: no gradient step, one pass of the encoder. The strength l of
+the common prior counts as examples. Its meta-gradient, through the queries, teaches the encoder to put codes of a class
+close to each other.
+
+Sources: Snell, Swersky & Zemel, Prototypical Networks, 2017 (class means); the shrinkage is that of a conjugate prior
+on mean and variance.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from metagen_jax.models.vae import Vae
+from metagen_jax.types import Examples, Params
+
+
+def latent_prototypes(built: Vae, strength: float = 1.0) -> Callable[[Params, Examples], Params]:
+    """Return the function (params, support) -> {"prior": the task's prior}, for `amortised`.
+
+    Args:
+        built: the VAE.
+        strength: l, of the common prior in numbers of examples.
+
+    Raises:
+        ValueError: a strength that is not positive.
+
+    Example:
+        >>> from metagen_jax import amortised  # doctest: +SKIP
+        >>> learner = amortised(built.model, latent_prototypes(built))  # doctest: +SKIP
+    """
+    if not strength > 0:
+        raise ValueError(f"the strength of the common prior must be positive, got {strength}")
+
+    def embed(params: Params, support: Examples) -> Params:
+        mean, log_scale = built.latent.encode(params, support.x)
+        weight, common = support.weight[:, None], params["prior"]
+        total = strength + weight.sum()
+        centre = (strength * common["mean"] + (weight * mean).sum(0)) / total
+        spread = jnp.square(mean - centre[None]) + jnp.exp(2 * log_scale)
+        variance = (strength * jnp.exp(2 * common["log_scale"]) + (weight * spread).sum(0)) / total
+        return {"prior": {**common, "mean": centre, "log_scale": 0.5 * jnp.log(variance)}}
+
+    return embed
