@@ -41,11 +41,14 @@ def conjugate_gradients(multiply: Multiply, target: ArrayTree, iterations: int, 
         >>> [round(float(value), 5) for value in x]
         [1.0, 0.5]
     """
+    largest = jnp.stack([jnp.abs(leaf).max(initial=0.0) for leaf in jax.tree.leaves(target)]).max()
+    unit = jnp.where(largest == 0, 1.0, largest)  # so that no square overflows
+    target = jax.tree.map(lambda leaf: leaf / unit, target)
     squared = optax.tree.vdot(target, target)
 
     def unsolved(carry: Any) -> Array:
         count, _, _, _, rest = carry
-        return (count < iterations) & (rest > tolerance**2 * squared)
+        return (count < iterations) & ~(rest <= tolerance**2 * squared)  # what is not finite has to come out
 
     def improve(carry: Any) -> Any:
         count, solution, residual, direction, rest = carry
@@ -58,7 +61,8 @@ def conjugate_gradients(multiply: Multiply, target: ArrayTree, iterations: int, 
         return count + 1, solution, residual, direction, following
 
     begin = (0, jax.tree.map(jnp.zeros_like, target), target, target, squared)
-    return jax.lax.while_loop(unsolved, improve, begin)[1]
+    solution = jax.lax.while_loop(unsolved, improve, begin)[1]
+    return jax.tree.map(lambda leaf: unit * leaf, solution)
 
 
 def gmres(multiply: Multiply, target: ArrayTree, iterations: int) -> ArrayTree:

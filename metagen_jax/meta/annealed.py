@@ -99,7 +99,8 @@ def over_steps(game: Game, moves: Moves, adapt: Adapt, num_steps: int, weights: 
             return distinct, metrics
 
         values, metrics = jax.vmap(judged)(jax.tree.map(lambda leaf: leaf[1:], moving))
-        sums = [weights.astype(value.dtype) @ value for value in values]
+        counted = [jnp.where(weights > 0, value, 0.0) for value in values]  # zero times infinity is no loss
+        sums = [weights.astype(value.dtype) @ value for value in counted]
         losses = {name: sums[position] for name, position in shared.items()}
         last = jax.tree.map(lambda leaf: leaf[-1], metrics)
         support = {f"support/{name}": value for name, value in trace.items()}

@@ -9,12 +9,16 @@ close to each other.
 
 Sources: Snell, Swersky & Zemel, Prototypical Networks, 2017 (class means); the shrinkage is that of a conjugate prior
 on mean and variance.
+
+The prior that is fitted is the one that is used: a context's shift of it is taken into account, and its coupling, which
+a handful of codes says nothing about, is zero.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from metagen_jax.models.parts import moved_by
 from metagen_jax.models.vae import Vae
 from metagen_jax.types import Examples, Params
 
@@ -39,10 +43,15 @@ def latent_prototypes(built: Vae, strength: float = 1.0) -> Callable[[Params, Ex
     def embed(params: Params, support: Examples) -> Params:
         mean, log_scale = built.latent.encode(params, support.x)
         weight, common = support.weight[:, None], params["prior"]
+        shift = {"mean": jnp.zeros(()), "log_scale": jnp.zeros(())}
+        if "context" in params:  # which moves the prior wherever it is used
+            shift = moved_by(params["context"], params["maps"])["prior"]
+        begin, begin_scale = common["mean"] + shift["mean"], common["log_scale"] + shift["log_scale"]
         total = strength + weight.sum()
-        centre = (strength * common["mean"] + (weight * mean).sum(0)) / total
+        centre = (strength * begin + (weight * mean).sum(0)) / total
         spread = jnp.square(mean - centre[None]) + jnp.exp(2 * log_scale)
-        variance = (strength * jnp.exp(2 * common["log_scale"]) + (weight * spread).sum(0)) / total
-        return {"prior": {**common, "mean": centre, "log_scale": 0.5 * jnp.log(variance)}}
+        variance = (strength * jnp.exp(2 * begin_scale) + (weight * spread).sum(0)) / total
+        fitted = {"mean": centre - shift["mean"], "log_scale": 0.5 * jnp.log(variance) - shift["log_scale"]}
+        return {"prior": {**fitted, "coupling": jnp.zeros_like(common["coupling"])}}
 
     return embed

@@ -24,6 +24,7 @@ from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Examples, Key, LatentVariable, Losses, Metrics, Model, Params
 
 PLAYER = "inner_loss"
+NETWORK_KEY = 2**31 - 1  # far from what a model may split its own key into: split(key, n)[i] is fold_in(key, i)
 Features = Callable[[Params, Key, Examples], Array]
 """(params, key, batch) -> [N, F]; the key is the one that the model's own loss has."""
 
@@ -53,7 +54,7 @@ def with_learned_loss(
     """
 
     def init(key: Key) -> Params:
-        params, network_key = model.init(key), jax.random.fold_in(key, 1)
+        params, network_key = model.init(key), jax.random.fold_in(key, NETWORK_KEY)
         tree = network.init(network_key)
         if not mixed:
             return {**params, PLAYER: {"network": tree}}
@@ -118,7 +119,7 @@ def classifier_features(classifier: Classifier) -> Features:
     def features(params: Params, key: Key, batch: Examples) -> Array:
         del key
         scores = jax.nn.log_softmax(classifier.logits(params, batch.x))
-        known = (batch.label >= 0).astype(scores.dtype)[:, None]
+        known = ((batch.label >= 0) & (batch.label < scores.shape[1])).astype(scores.dtype)[:, None]
         label = jax.nn.one_hot(batch.label, classifier.num_classes, dtype=scores.dtype)
         return jnp.concatenate([scores, label, known], 1)
 

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_gaussian import linear_vae
 from problems import image_task, tiny_vae
 
 import metagen_jax as mg
@@ -23,6 +22,21 @@ def test_the_prior_is_the_shrunk_mean_and_variance_of_the_codes(x64):
     variance = (0.5 + ((mean - centre) ** 2 + np.exp(2 * log_scale)).sum(0)) / 2.5
     np.testing.assert_allclose(found["mean"], centre, rtol=1e-12)
     np.testing.assert_allclose(np.exp(2 * found["log_scale"]), variance, rtol=1e-12)
+
+
+def test_the_prior_that_samples_come_from_is_the_fitted_one_whatever_context_and_coupling_say(x64):
+    built, task = tiny_vae(), image_task()
+    params = _params(built)
+    plain = latent_prototypes(built)({**params, "context": jnp.zeros(3)}, task.support)["prior"]
+    moved = {**params, "context": jnp.array([1.0, -2.0, 0.5])}
+    moved["prior"] = {**params["prior"], "coupling": jnp.ones((2, 2))}
+    adapted = {**moved, **latent_prototypes(built, 1e-9)(moved, task.support)}
+    mean, log_scale = built.latent.encode(moved, task.support.x)
+    variance = jnp.square(mean - mean.mean(0)[None]).mean(0) + jnp.exp(2 * log_scale).mean(0)
+    z = mean.mean(0)[None]
+    density = -0.5 * (np.log(2 * np.pi) + jnp.log(variance)).sum()
+    np.testing.assert_allclose(built.latent.log_prior(adapted, z), density, rtol=1e-6)
+    assert set(plain) == {"mean", "log_scale", "coupling"}
 
 
 def test_no_example_leaves_the_common_prior_and_many_outweigh_it(x64):
@@ -51,20 +65,6 @@ def test_the_meta_gradient_reaches_the_encoder_and_agrees_with_finite_difference
     slope = sum(float((a * b).sum()) for a, b in zip(*map(jax.tree.leaves, (direction, along)), strict=True))
     np.testing.assert_allclose(slope, (loss(1e-6) - loss(-1e-6)) / 2e-6, rtol=1e-6)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(direction["encoder"])) > 1e-6
-
-
-def test_the_adapted_model_samples_around_the_support_s_codes():
-    built = linear_vae(3, 2)
-    params = _params(built)
-    support = mg.Examples(jnp.full((4, 3), 5.0), jnp.zeros(4, jnp.int32), jnp.full(4, 100.0))
-    adapted = {**params, **latent_prototypes(built)(params, support)}
-    codes = built.latent.encode(params, support.x)[0].mean(0)
-    expected = built.latent.decode(params, codes[None])[0]
-    drawn = built.model.sample(adapted, jax.random.key(3), 4000)
-    error = 5 * drawn.std(0) / 4000**0.5 + 0.01 * jnp.abs(expected)
-    assert bool((jnp.abs(drawn.mean(0) - expected) < error).all())
-    common = built.model.sample(params, jax.random.key(3), 4000).mean(0)
-    assert not bool((jnp.abs(common - expected) < error).all())
 
 
 def test_a_strength_that_is_not_positive_is_refused():
