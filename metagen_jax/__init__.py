@@ -4,14 +4,36 @@ from metagen_jax.adapt.starts import Start, fixed, learned, per_parameter, per_s
 from metagen_jax.adapt.unroll import trajectory, unroll
 from metagen_jax.dynamics import alternating, consensus, extragradient, in_turns, unrolled, without_shaping
 from metagen_jax.games import GradientField, cooperative, union, vector_field
-from metagen_jax.meta.learners import MetaLearner, amortised, anil, fomaml, joint, maml, meta_sgd, reptile
+from metagen_jax.meta.learners import (
+    MetaLearner,
+    amortised,
+    anil,
+    boil,
+    cavia,
+    fomaml,
+    imaml,
+    joint,
+    learned_loss,
+    learned_optimizer,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    regressed,
+    reptile,
+)
 from metagen_jax.meta.outer import displacement, over_tasks, through
 from metagen_jax.models.adversarial_autoencoder import adversarial_autoencoder
 from metagen_jax.models.bidirectional import bidirectional_gan
+from metagen_jax.models.classifier import Classifier, classifier
 from metagen_jax.models.conditional_gan import conditional_gan
 from metagen_jax.models.cycle import cycle_gan
 from metagen_jax.models.gan import Gan, Terms, gan
+from metagen_jax.models.heads import Head, linear, matching, prototypes, relation, ridge
+from metagen_jax.models.initialiser import initialiser
+from metagen_jax.models.latent_prototypes import latent_prototypes
+from metagen_jax.models.learned_losses import with_learned_loss
 from metagen_jax.models.likelihoods import bernoulli, gaussian
+from metagen_jax.models.memory_heads import attention, memory
 from metagen_jax.models.vae import Vae, vae
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
@@ -36,12 +58,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapt",
+    "Classifier",
     "Divergence",
     "Examples",
     "Field",
     "Game",
     "Gan",
     "GradientField",
+    "Head",
     "ImageBank",
     "ImageSet",
     "Key",
@@ -62,8 +86,12 @@ __all__ = [
     "alternating",
     "amortised",
     "anil",
+    "attention",
     "bernoulli",
     "bidirectional_gan",
+    "boil",
+    "cavia",
+    "classifier",
     "conditional_gan",
     "consensus",
     "cooperative",
@@ -76,19 +104,32 @@ __all__ = [
     "gan",
     "gaussian",
     "image_set",
+    "imaml",
     "in_turns",
     "init_state",
+    "initialiser",
     "joint",
+    "latent_prototypes",
     "learned",
+    "learned_loss",
+    "learned_optimizer",
+    "linear",
     "make_step",
     "maml",
+    "maml_plus_plus",
+    "matching",
+    "memory",
     "meta_sgd",
     "outer_optimizer",
     "over_tasks",
     "per_parameter",
     "per_step",
+    "prototypes",
+    "regressed",
+    "relation",
     "reptile",
     "reset",
+    "ridge",
     "run_chunk",
     "through",
     "train",
@@ -100,5 +141,6 @@ __all__ = [
     "unrolled",
     "vae",
     "vector_field",
+    "with_learned_loss",
     "without_shaping",
 ]

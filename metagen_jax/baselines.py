@@ -8,7 +8,8 @@
 | scratch (Adam)  | random weights                 | K steps of Adam over all weights, at its best rate        |
 
 Joint training gets as many gradients of images as meta-training took, inner steps included: from the warm start where
-there was one, a meta-step of K steps on N support and Q query images counting as (K N + Q) / (N + Q) joint steps.
+there was one, a meta-step of K steps on N support and Q query images counting as (K N + Q) / (N + Q) joint steps
+(`image_gradients` has the learners that take another number).
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import optax
 
 from metagen_jax import build
 from metagen_jax.adapt.starts import learned
-from metagen_jax.config import TrainConfig, given
+from metagen_jax.config import HEADS, TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.tasks.family import Spec, TaskFamily
@@ -85,10 +86,29 @@ def game_candidates(config: TrainConfig, role: build.Roles) -> Candidates:
 
 def joint_steps(config: TrainConfig) -> int:
     """Return how many joint steps take as many image gradients as the run's meta-steps did."""
-    shots, query = config.shots[1], config.query
     if config.learner == "joint":
         return config.outer.steps
-    return math.ceil(config.outer.steps * (config.inner.steps * shots + query) / (shots + query))
+    return math.ceil(config.outer.steps * image_gradients(config) / (config.shots[1] + config.query))
+
+
+def image_gradients(config: TrainConfig) -> int:
+    """Return the gradients of images that a meta-step takes, for each task and class, in first derivatives.
+
+    K N + Q for K steps on N support and Q query images. A support that is read counts once; the query counts after
+    every step in MAML++, not at all in Reptile; a teacher's steps are on both. Second derivatives, and the products
+    that an implicit gradient takes, are not counted.
+    """
+    steps, shots, query = given(config.inner.steps), config.shots[1], config.query
+    if config.learner == "joint":
+        return shots + query
+    if config.learner == "reptile":
+        return max(1, steps * shots)
+    if config.learner == "regressed":
+        return shots + config.inner.teacher_steps * (shots + query)
+    if config.learner == "maml_plus_plus":
+        return max(1, steps) * (shots + query)
+    read = config.learner in HEADS or config.learner in ("amortised", "initialiser")
+    return (steps + read) * shots + query
 
 
 def train_joint(

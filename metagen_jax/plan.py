@@ -20,9 +20,12 @@ import numpy as np
 
 from metagen_jax.adapt.starts import LOG_RATE
 from metagen_jax.build import Training, meta_step, moving, roles
-from metagen_jax.config import TrainConfig
+from metagen_jax.build.learned import initialised
+from metagen_jax.config import HEADS, SECOND_ORDER, TrainConfig
 from metagen_jax.cost import Flops, Memory, bytes_at_peak, flops_of
+from metagen_jax.meta.annealed import field_at
 from metagen_jax.meta.batch import automatic_chunk
+from metagen_jax.models.classifier import Classifier
 from metagen_jax.models.gan import Gan
 from metagen_jax.train import init_state, run_chunk
 from metagen_jax.types import Key, Params, Task
@@ -91,6 +94,10 @@ def players(config: TrainConfig, training: Training) -> list[Player]:
     if config.learner == "amortised" and isinstance(built, Gan):
         support = jax.eval_shape(lambda: _draw(training, jax.random.key(0)).support)
         reads = tuple(jax.eval_shape(built.embed, meta, support))
+    elif config.learner in HEADS:
+        reads = ("head",) if isinstance(built, Classifier) else ("prior",)
+    elif config.learner in ("initialiser", "regressed"):
+        reads = initialised(built, role)
 
     def inside(name: str) -> Any:
         if name not in role.players:
@@ -160,7 +167,7 @@ def chunk_of(config: TrainConfig, training: Training) -> Chunk:
         def look(meta: Params, keys: Key) -> None:
             nonlocal chunk
             tasks = jax.vmap(lambda key: _draw(training, key))(keys)
-            chunk = automatic_chunk(training.learner.field, meta, keys, tasks)
+            chunk = automatic_chunk(field_at(training.learner.field, 0), meta, keys, tasks)
 
         key = jax.random.key(0)
         meta = jax.eval_shape(training.learner.init, key)
@@ -212,7 +219,7 @@ def fitting_chunk(
 
 def remedies(config: TrainConfig) -> list[str]:
     """Return the settings that make one task's inner loop smaller, as flags, where the learner reads them."""
-    if config.learner not in ("maml", "anil", "meta_sgd", "amortised") or config.inner.steps == 0:
+    if config.learner not in (*SECOND_ORDER, "learned_loss", "learned_optimizer") or config.inner.steps == 0:
         return []
     flags = []
     if config.inner.inner_grad == "reverse":

@@ -11,12 +11,14 @@ from problems import EVENT, flat, image_task, tiny_gan, tiny_vae
 
 import metagen_jax as mg
 from metagen_jax import build
+from metagen_jax.adapt.learned_rules import coordinate_mlp
+from metagen_jax.config import HEADS, AdversarialConfig, ModelConfig, TrainConfig, check
 from metagen_jax.config import LEARNERS as OFFERED_LEARNERS
 from metagen_jax.config import MODELS as OFFERED_MODELS
-from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, check
 from metagen_jax.dynamics import alternating
 from metagen_jax.models.adversarial import gradient_penalty, least_squares, non_saturating, wasserstein
-from metagen_jax.models.networks import mlp
+from metagen_jax.models.learned_losses import with_learned_loss
+from metagen_jax.models.networks import gelu, mlp, mlp_features
 
 STEPS = 2
 PIXELS = 36
@@ -55,8 +57,14 @@ def _vae():
     return model, [tuple(jax.eval_shape(model.init, jax.random.key(0)))]
 
 
+def _classifier():
+    built = mg.classifier(mlp_features(EVENT, (3,), activation=gelu), 3, 2, context=2)
+    return built.model, [tuple(jax.eval_shape(built.model.init, jax.random.key(0)))]
+
+
 MODELS = {
     "vae": _vae,
+    "classifier": _classifier,
     "gan": _gan,
     "conditional_gan": _conditional,
     "cycle_gan": _cycle,
@@ -67,15 +75,37 @@ MODELS = {
 """Name -> a small model and the turns of its sides."""
 
 
+def _first(model):
+    return (min(jax.eval_shape(model.init, jax.random.key(0))),)
+
+
 def _read(model):
     """Return an embedding that shifts the model's first player by what the support looks like."""
-    first = min(jax.eval_shape(model.init, jax.random.key(0)))
+    (first,) = _first(model)
 
     def embed(meta, support):
         mean = (support.weight[:, None, None, None] * support.x).sum() / support.weight.sum()
         return {first: jax.tree.map(lambda leaf: leaf + 1e-3 * mean, meta[first])}
 
     return embed
+
+
+def _contexts(model):
+    return [name for name in jax.eval_shape(model.init, jax.random.key(0)) if name.endswith("context")]
+
+
+def _with_loss(model, players):
+    """Return the model whose loss is partly a function of one number of every player, and of the example."""
+
+    def features(params, key, batch):
+        del key
+        firsts = jnp.stack([jnp.ravel(jax.tree.leaves(params[name])[0])[0] for name in players])
+        seen = jnp.broadcast_to(firsts[None], (batch.x.shape[0], len(players)))
+        return jnp.concatenate([seen, batch.x.reshape(batch.x.shape[0], -1)[:, :4]], 1)
+
+    sides = 2 if "discriminator" in players else 1
+    network = mlp((len(players) + 4,), (3,), (sides,), activation=gelu)
+    return with_learned_loss(model, features, network, num_losses=sides)
 
 
 LEARNERS = {
@@ -88,6 +118,30 @@ LEARNERS = {
     "meta_sgd": lambda model, players, play: mg.meta_sgd(model, 1e-2, STEPS, players=players, dynamics=play),
     "amortised": lambda model, players, play: mg.amortised(
         model, _read(model), mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play
+    ),
+    "boil": lambda model, players, play: mg.boil(
+        model, mg.fixed(optax.sgd(1e-2)), STEPS, body=(players[0], players[-1]), dynamics=play
+    ),
+    "cavia": lambda model, players, play: mg.cavia(model, optax.sgd(1e-2), STEPS, contexts=_contexts(model)),
+    "imaml": lambda model, players, play: mg.imaml(model, optax.sgd(1e-2), STEPS, iterations=3),
+    "maml_plus_plus": lambda model, players, play: mg.maml_plus_plus(
+        model, mg.per_step(STEPS, 1e-2, players), STEPS, multi_step_until=5, dynamics=play
+    ),
+    "learned_loss": lambda model, players, play: mg.learned_loss(
+        model, _with_loss(model, players), mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play
+    ),
+    "learned_optimizer": lambda model, players, play: mg.learned_optimizer(
+        model, coordinate_mlp((2,)), STEPS, learns=None, dynamics=play
+    ),
+    "regressed": lambda model, players, play: mg.regressed(
+        model,
+        _read(model),
+        mg.fixed(optax.sgd(1e-2)),
+        STEPS,
+        teacher_steps=1,
+        players=_first(model),
+        learns=_first(model),
+        dynamics=play,
     ),
     "joint": lambda model, players, play: mg.joint(model, mg.fixed(optax.sgd(1e-2)), STEPS, dynamics=play),
 }
@@ -102,11 +156,13 @@ def _task(seed):
     return mg.Task(support, task.query._replace(label=jnp.array([1, 0, 1, 0], jnp.int32)))
 
 
+EVERYWHERE = ("maml", "reptile")
+GAMES = (*EVERYWHERE, "fomaml", "anil", "meta_sgd", "amortised", "joint", "cavia")
 PAIRS = [
     (learner, model)
     for learner in LEARNERS
     for model in MODELS
-    if model in ("vae", "gan") or learner in ("maml", "reptile")  # others would repeat what these show, at a price
+    if model == "vae" or learner in EVERYWHERE or (model == "gan" and learner in GAMES)  # more would repeat these
 ]
 
 
@@ -125,12 +181,15 @@ def test_every_learner_and_every_model_conforms(learner, model):
         name: jax.tree.map(lambda leaf, log=name.endswith("log_rate"): _filled(rng, leaf.shape, log), tree)
         for name, tree in shapes.items()
     }
+    if "rule" in meta:  # any rule at all would diverge
+        first = jax.jit(built.init)(jax.random.key(1))["rule"]
+        meta["rule"] = jax.tree.map(lambda leaf, noise: leaf + 0.1 * noise, first, meta["rule"])
     task, key = _task(0), jax.random.key(3)
     field = jax.jit(built.field)
     direction, metrics = field(meta, jax.random.clone(key), task)
     losses = [value for name, value in metrics.items() if name.startswith("support/loss")]
     assert all(loss.shape == (STEPS,) for loss in losses)
-    assert bool(losses) == (learner != "joint")
+    assert bool(losses) == (learner not in ("joint", "regressed"))  # whose field is not that of an adapted model
     assert set(direction) <= set(meta)
     for player, tree in direction.items():
         assert np.isfinite(flat(tree)).all(), player
@@ -141,7 +200,7 @@ def test_every_learner_and_every_model_conforms(learner, model):
     np.testing.assert_array_equal(flat(field(meta, jax.random.clone(key), padding)[0]), flat(direction))
     other = task._replace(support=task.support._replace(x=x.at[:4].set(1 - x[:4])))
     assert np.abs(flat(field(meta, jax.random.clone(key), other)[0]) - flat(direction)).max() > 1e-7
-    if model != "cycle_gan":  # which draws nothing
+    if model not in ("cycle_gan", "classifier"):  # which draw nothing
         assert np.abs(flat(field(meta, jax.random.key(4), task)[0]) - flat(direction)).max() > 1e-7
 
     adapted, _ = jax.eval_shape(built.adapt, meta, key, task.support)
@@ -165,25 +224,50 @@ def _public(where):
 
 def test_every_public_learner_and_model_has_a_row():
     assert _public("meta.learners") == set(LEARNERS)
-    assert _public("models") - {"bernoulli", "gaussian"} == {name.split()[0] for name in MODELS}
-    assert set(OFFERED_LEARNERS) == set(LEARNERS)
+    made_of = {"bernoulli", "gaussian", "linear", "prototypes", "ridge", "matching", "relation", "memory", "attention"}
+    assert _public("models") - made_of - {"initialiser", "with_learned_loss", "latent_prototypes"} == {
+        name.split()[0] for name in MODELS
+    }
+    assert set(OFFERED_LEARNERS) == set(LEARNERS) | set(HEADS) | {"initialiser"}
 
 
 @pytest.mark.parametrize("model", OFFERED_MODELS)
 @pytest.mark.parametrize("learner", OFFERED_LEARNERS)
 def test_the_command_line_builds_every_learner_with_every_model_or_says_why_not(learner, model):
     network = ModelConfig(hidden=(4,), latents=2, context=2)
-    config = check(TrainConfig(learner, model, network=network))
-    built = build.model(config, EVENT, True)
-    if learner == "amortised" and model != "gan":
-        with pytest.raises(ValueError, match="needs a model that reads its support, so far gan"):
-            build.learner(config, built)
+    config = TrainConfig(learner, model, network=network)
+    if (reason := _refused(learner, model)) is not None:
+        with pytest.raises(ValueError, match=reason):
+            _build(config)
         return
+    config = check(config)
+    built = build.model(config, EVENT, True)
     meta = jax.eval_shape(build.learner(config, built).init, jax.random.key(0))
     role = build.roles(config, built)
-    assert set(role.players) <= set(meta)
+    still = {player for player in role.fast if learner == "cavia"}
+    assert set(role.players) <= set(meta) | still
     assert {player for turn in role.turns for player in turn} == set(role.players)
     assert set(role.fast) | set(role.head) | set(role.joint) | set(role.tuned) <= set(role.players)
+
+
+def _build(config):
+    config = check(config)
+    return build.learner(config, build.model(config, EVENT, True))
+
+
+def _refused(learner, model):
+    if model == "classifier":
+        reasons = {"joint": "no joint training", "amortised": "needs a model that reads its support"}
+        return reasons.get(learner)
+    if learner in HEADS:
+        return None if (learner, model) == ("prototypes", "vae") else "reads the head of a classifier"
+    if learner == "amortised" and model != "gan":
+        return "needs a model that reads its support, so far gan"
+    if model in ("cycle", "aae", "bigan"):
+        needs = {"cavia": "a model with a context", "learned_loss": "features for vae"}
+        needs |= dict.fromkeys(("initialiser", "regressed"), "reads the support of a vae, a gan")
+        return needs.get(learner)
+    return "features for vae" if (learner, model) == ("learned_loss", "gan") else None
 
 
 @pytest.mark.parametrize("dynamics", ["alternating", "simultaneous", "extragradient", "consensus", "unrolled"])

@@ -101,18 +101,22 @@ def per_step(
     )
 
 
-def reset(player: str, value: ArrayTree, optimizer: optax.GradientTransformation) -> Start:
-    """Begin with `player` at a fixed value for every task (a context vector at zero, as in CAVIA).
+def reset(values: Params, optimizer: optax.GradientTransformation) -> Start:
+    """Begin with some players at fixed values for every task (a context vector at zero, as in CAVIA).
 
-    The player need not be among the meta-parameters: nothing about its beginning is learned.
+    They need not be among the meta-parameters: nothing about where they begin is learned.
+
+    Args:
+        values: player -> where it begins, {"context": jnp.zeros(8)}.
+        optimizer: the rule.
 
     Source: Zintgraf, Shiarlis, Kurin, Hofmann & Whiteson, Fast Context Adaptation via Meta-Learning, 2019.
     """
 
     def extend(params: Params) -> Params:
-        return {name: tree for name, tree in params.items() if name != player}
+        return {name: tree for name, tree in params.items() if name not in values}
 
-    return Start(lambda meta: ({**meta, player: value}, optimizer), extend, (optimizer,), typical=True)
+    return Start(lambda meta: ({**meta, **values}, optimizer), extend, (optimizer,), typical=True)
 
 
 def learned(

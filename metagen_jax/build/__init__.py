@@ -3,7 +3,7 @@
 from metagen_jax.build.data import TRANSLATION, Part, Parts, family, pairs_of_domains, parts, specs, take
 from metagen_jax.build.learners import dynamics, learner, moving, outer, sgd
 from metagen_jax.build.models import Built, Roles, model, roles
-from metagen_jax.build.trainings import Training, meta_step, training
+from metagen_jax.build.trainings import Training, meta_step, training, training_tasks
 
 __all__ = [
     "TRANSLATION",
@@ -26,4 +26,5 @@ __all__ = [
     "specs",
     "take",
     "training",
+    "training_tasks",
 ]

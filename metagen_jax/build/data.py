@@ -12,6 +12,7 @@ from metagen_jax.tasks.augment import with_symmetries
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
+from metagen_jax.tasks.rotations import with_rotations
 from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import Split, by_class, by_group, default
 from metagen_jax.tasks.strokes import CLASSES, strokes
@@ -57,11 +58,14 @@ def family(
     query: int,
     *,
     symmetries: bool = False,
+    rotations: bool = False,
     model: str = "vae",
+    way: int = 1,
 ) -> TaskFamily:
     """Return the tasks of one part of the split: "train", "validation" or "test".
 
-    `symmetries` turns and mirrors whole tasks, which is for training only. The tasks of the model "cycle" are pairs of
+    `symmetries` turns and mirrors whole tasks, and `rotations` makes classes of turned ones, which is for training
+    only. `way` is the number of classes of a task. The tasks of the model "cycle" are pairs of
     domains, two styles of one group of classes; validation and test have styles of their own.
 
     Raises:
@@ -74,8 +78,13 @@ def family(
         chosen = {"train": split.train, "validation": split.test[::2], "test": split.test[1::2]}
         made = translation(take(data, part), shots, query, styles=chosen[part])
         return with_symmetries(made, shift=0) if symmetries else made
-    images = None if data.images is None else take(data, part)
-    made = strokes(shots, query, split=part) if images is None else episodes(images, shots, query)
+    if data.images is None:
+        if way > 1 or rotations:
+            raise ValueError("strokes are drawn one class at a time and never turned; a classifier needs stored images")
+        made = strokes(shots, query, split=part)
+    else:
+        images = take(data, part)
+        made = episodes(with_rotations(images) if rotations else images, shots, query, way=way)
     return with_symmetries(made) if symmetries else made
 
 

@@ -1,52 +1,152 @@
 """From a configuration to a learner and the outer rule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
 
+from metagen_jax.adapt.amortised import Embed
 from metagen_jax.adapt.starts import Start, fixed, per_parameter, per_step
+from metagen_jax.build.learned import initialised, learned_rule, with_initialiser, with_loss
 from metagen_jax.build.models import Built, Roles, roles
-from metagen_jax.config import AdversarialConfig, TrainConfig, given
+from metagen_jax.config import HEADS, AdversarialConfig, TrainConfig, given
 from metagen_jax.dynamics import Dynamics, alternating, consensus, extragradient, unrolled
 from metagen_jax.games import vector_field
-from metagen_jax.meta.learners import MetaLearner, amortised, anil, fomaml, joint, maml, meta_sgd, reptile
+from metagen_jax.meta.learners import (
+    MetaLearner,
+    amortised,
+    anil,
+    boil,
+    cavia,
+    fomaml,
+    imaml,
+    joint,
+    learned_loss,
+    learned_optimizer,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    regressed,
+    reptile,
+)
+from metagen_jax.models.classifier import Classifier
 from metagen_jax.models.gan import Gan
+from metagen_jax.models.latent_prototypes import latent_prototypes
+from metagen_jax.models.vae import Vae
 from metagen_jax.train import outer_optimizer
 from metagen_jax.types import Field, Game
 
+FIXED_RATES = ("joint", "reptile", "cavia", "imaml", "regressed", "learned_optimizer")
+"""Learners whose inner rates are settings, not learned."""
 
-def learner(config: TrainConfig, built: Built) -> MetaLearner:
-    """Return the meta-learner.
+
+def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> MetaLearner:
+    """Return the meta-learner; at first order, for the meta-steps before `inner.first_order_until`, if that is set.
 
     Raises:
-        ValueError: rates or moving players that the learner cannot have.
+        ValueError: rates, moving players or a model that the learner cannot have.
     """
-    inner, name, role = config.inner, config.learner, roles(config, built)
-    players = moving(config, role)
-    rates = {player: given(inner.fast_rate) if player in role.fast else inner.rate for player in players}
-    plain, play = fixed(sgd(rates)), dynamics(config.adversarial, role)
-    how: dict[str, Any] = {"form": inner.form, "loop": inner.loop}
-    if name in ("joint", "reptile") and inner.rates not in ("auto", "fixed"):
+    inner, name, role, steps = config.inner, config.learner, roles(config, built), given(config.inner.steps)
+    if name in FIXED_RATES and inner.rates not in ("auto", "fixed"):
         raise ValueError(f"{name} has fixed inner rates, got inner.rates={inner.rates}; leave it at auto")
-    if name == "joint":
-        return joint(built.model, plain, inner.steps, players=players, learns=role.joint, dynamics=play)
-    if name == "reptile":
-        return reptile(built.model, plain, inner.steps, dynamics=play, **how)
-    gradient: dict[str, Any] = {"inner_grad": inner.inner_grad, "remat": inner.remat, **how}
-    gradient["shaping"] = config.adversarial.shaping
-    if name == "meta_sgd":
-        return meta_sgd(built.model, rates, inner.steps, players=players, dynamics=play, **gradient)
-    start = _start(config, rates, plain)
-    if name == "amortised":
-        if not isinstance(built, Gan):
-            raise ValueError(f"amortised needs a model that reads its support, so far gan; got {config.model}")
-        return amortised(built.model, built.embed, start, inner.steps, players=players, dynamics=play, **gradient)
-    if name == "fomaml":
-        return fomaml(built.model, start, inner.steps, players=players, dynamics=play, **how)
-    if name == "anil":
-        return anil(built.model, start, inner.steps, head=players, dynamics=play, **gradient)
-    return maml(built.model, start, inner.steps, players=players, dynamics=play, **gradient)
+    players, play = moving(config, role), dynamics(config.adversarial, role)
+    rates = {player: given(inner.fast_rate) if player in role.fast else given(inner.rate) for player in players}
+    rule = sgd(rates)
+    plain, start = fixed(rule), _start(config, rates)
+    first: dict[str, Any] = {"dynamics": play, "form": inner.form, "loop": inner.loop}
+    second: dict[str, Any] = {"inner_grad": inner.inner_grad, "remat": inner.remat}
+    second |= {"shaping": config.adversarial.shaping, **first}
+    if first_order:
+        second["first_order"] = True
+    model, begun = built.model, initialised(built, role)
+    moves: dict[str, Any] = {"players": players}
+    if name in HEADS:
+        return _reader(config, built, start, players, second)
+    makers: dict[str, Callable[[], MetaLearner]] = {
+        "maml": lambda: maml(model, start, steps, players=players, **second),
+        "fomaml": lambda: fomaml(model, start, steps, players=players, **first),
+        "reptile": lambda: reptile(model, plain, steps, **first),
+        "anil": lambda: anil(model, start, steps, head=players, **second),
+        "boil": lambda: boil(model, start, steps, body=players, **second),
+        "meta_sgd": lambda: meta_sgd(model, rates, steps, players=players, **second),
+        "cavia": lambda: cavia(model, rule, steps, contexts=players, **second),
+        "maml_plus_plus": lambda: maml_plus_plus(
+            model,
+            start,
+            steps,
+            multi_step_until=max(1, round(inner.multi_step_until * config.outer.steps)),
+            **moves,
+            **second,
+        ),
+        "imaml": lambda: imaml(
+            model, rule, steps, strength=inner.strength, **moves, shaping=config.adversarial.shaping
+        ),
+        "learned_loss": lambda: learned_loss(model, with_loss(config, built), start, steps, **moves, **second),
+        "learned_optimizer": lambda: learned_optimizer(
+            model, learned_rule(config, built, role, players), steps, learns=None, **moves, **second
+        ),
+        "initialiser": lambda: _from_initialiser(built, begun, start, steps, **moves, **second),
+        "regressed": lambda: _regressed(config, built, role, begun, players, first),
+        "amortised": lambda: amortised(model, _embed(config, built), start, steps, players=players, **second),
+        "joint": lambda: joint(model, plain, steps, players=players, learns=role.joint, dynamics=play),
+    }
+    return makers[name]()
+
+
+def _from_initialiser(built: Built, begun: tuple[str, ...], start: Start, steps: int, **options: Any) -> MetaLearner:
+    made = with_initialiser(built, begun)
+    return amortised(made.model, made.embed, start, steps, **options)
+
+
+def _regressed(
+    config: TrainConfig,
+    built: Built,
+    role: Roles,
+    begun: tuple[str, ...],
+    players: tuple[str, ...],
+    options: dict[str, Any],
+) -> MetaLearner:
+    """Return the learner whose teachers and gradient steps move what is chosen and what is written."""
+    inner, made = config.inner, with_initialiser(built, begun)
+    moves = tuple(dict.fromkeys((*players, *begun)))
+    rates = {player: given(inner.fast_rate) if player in role.fast else given(inner.rate) for player in moves}
+    return regressed(
+        made.model,
+        made.embed,
+        fixed(sgd(rates)),
+        given(inner.steps),
+        teacher_steps=inner.teacher_steps,
+        players=begun,
+        learns=made.names,
+        moves=moves,
+        **options,
+    )
+
+
+def _embed(config: TrainConfig, built: Built) -> Embed:
+    if not isinstance(built, Gan):
+        raise ValueError(f"amortised needs a model that reads its support, so far gan; got {config.model}")
+    return built.embed
+
+
+def _reader(
+    config: TrainConfig, built: Built, start: Start, players: tuple[str, ...], options: dict[str, Any]
+) -> MetaLearner:
+    """Return the learner that reads the support in closed form, and may go on by gradient steps.
+
+    Of a classifier it reads the head, of a VAE (prototypes only) the prior.
+    """
+    steps = given(config.inner.steps)
+    if isinstance(built, Vae) and config.learner == "prototypes":
+        return amortised(built.model, latent_prototypes(built), start, steps, players=players, **options)
+    if not isinstance(built, Classifier):
+        raise ValueError(
+            f"{config.learner} reads the head of a classifier (prototypes also the prior of a vae) off the support, "
+            f"got {config.model}"
+        )
+    if steps and config.learner not in ("prototypes", "ridge"):
+        raise ValueError(f"gradient steps go on from prototypes or ridge, whose heads are linear; got {config.learner}")
+    return amortised(built.model, built.embed, start, steps, players=players, **options)
 
 
 def moving(config: TrainConfig, role: Roles) -> tuple[str, ...]:
@@ -56,9 +156,16 @@ def moving(config: TrainConfig, role: Roles) -> tuple[str, ...]:
         ValueError: a name that is no player of the model.
     """
     chosen = config.inner.moves
+    if config.learner == "cavia":
+        contexts = tuple(player for player in role.fast if player.endswith("context"))
+        if not contexts:
+            raise ValueError(f"cavia needs a model with a context, and network.context > 0; got {config.model}")
+        return contexts
     if "all" in chosen or config.learner == "reptile":
         return role.players
     if chosen == ("auto",):
+        if config.learner == "boil":
+            return tuple(player for player in role.joint if player not in role.head)
         return role.head if config.learner == "anil" else role.fast or role.players
     unknown = [player for player in chosen if player not in role.players]
     if unknown:
@@ -108,10 +215,10 @@ def outer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def _start(config: TrainConfig, rates: dict[str, float], plain: Start) -> Start:
-    inner = config.inner
-    if inner.rates == "fixed" or inner.steps == 0:
-        return plain
+def _start(config: TrainConfig, rates: dict[str, float]) -> Start:
+    inner, steps = config.inner, given(config.inner.steps)
+    if inner.rates == "fixed" or steps == 0 or (inner.rates == "auto" and config.model == "classifier"):
+        return fixed(sgd(rates))
     if inner.rates == "per_parameter":
         return per_parameter(rates, tuple(rates))
-    return per_step(inner.steps, rates, tuple(rates), elementwise=inner.rates != "per_step")
+    return per_step(steps, rates, tuple(rates), elementwise=inner.rates != "per_step")

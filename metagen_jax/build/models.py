@@ -1,21 +1,46 @@
 """From a configuration to a model, and what its players are to a learner."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, given
+from metagen_jax.models import classifier as classifiers
 from metagen_jax.models.adversarial import LOSSES, AdversarialLoss, Penalty, gradient_penalty, r1_penalty
 from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder, adversarial_autoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan, bidirectional_gan
+from metagen_jax.models.classifier import Classifier, classifier
 from metagen_jax.models.cycle import CycleGan, cycle_gan
 from metagen_jax.models.gan import Gan, Terms, gan
+from metagen_jax.models.gated import gated_mlp
+from metagen_jax.models.heads import Head, linear, matching, prototypes, relation, ridge
 from metagen_jax.models.likelihoods import Likelihood, bernoulli, gaussian
-from metagen_jax.models.networks import Network, Normalisation, conv_decoder, conv_encoder, gelu, leaky_relu, mlp
+from metagen_jax.models.memory_heads import attention, memory
+from metagen_jax.models.networks import (
+    Network,
+    Normalisation,
+    conv_decoder,
+    conv_encoder,
+    conv_features,
+    gelu,
+    leaky_relu,
+    mlp,
+    mlp_features,
+    num_features_of,
+)
 from metagen_jax.models.presets import conv_gan, mlp_gan
+from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
 
 Event = tuple[int, int, int]
-Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan
+Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan | Classifier
+RELATION_UNITS = 64
+CANDIDATES = {"gelu": gelu, "tanh": jnp.tanh, "linear": lambda z: z}
+GATE_UNITS = 8  # that share a width gate, where all layers can be divided so
+MEMORY_SLOTS, MEMORY_WIDTH = 128, 64  # slots: as many rows as a 20-way 5-shot support has, and some
 
 
 class Roles(NamedTuple):
@@ -30,7 +55,7 @@ class Roles(NamedTuple):
 
 
 def model(config: TrainConfig, event: Event, binary: bool) -> Built:
-    """Return the generative model for images of this shape.
+    """Return the model for images of this shape.
 
     Raises:
         ValueError: a Bernoulli likelihood for images that are not binary, or sizes that do not fit together.
@@ -42,6 +67,8 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
         return vae(encoder, decoder, likelihood, network.latents, beta=network.beta, context=network.context)
     if config.model == "gan":
         return _gan(config, event)
+    if config.model == "classifier":
+        return _classifier(config, event)
     if config.model == "cycle":
         return cycle_gan(
             _translator(network, event),
@@ -66,10 +93,11 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
 
 def roles(config: TrainConfig, built: Built) -> Roles:
     """Return the roles of a model's players."""
+    gates = (STRUCTURE,) if config.network.network == "gated" else ()
     if isinstance(built, Vae):
-        players: tuple[str, ...] = WITH_CONTEXT if config.network.context else PLAYERS
-        fast: tuple[str, ...] = ("prior", "context") if config.network.context else ("prior",)
-        learned = ("encoder", "decoder", "head", "modulation")
+        players: tuple[str, ...] = (*(WITH_CONTEXT if config.network.context else PLAYERS), *gates)
+        fast: tuple[str, ...] = ("prior", *(("context",) if config.network.context else ()), *gates)
+        learned = ("encoder", "decoder", "head", "modulation", *gates)
         return Roles(players, fast, ("prior",), learned, (*learned, "prior"), (players,))
     if isinstance(built, Gan):
         sides = (built.discriminator, built.generator)
@@ -81,6 +109,11 @@ def roles(config: TrainConfig, built: Built) -> Roles:
         return Roles(players, contexts, head, joint, joint, sides)
     if isinstance(built, CycleGan):
         sides, head = (("discriminator_a", "discriminator_b"), ("forward", "backward")), ("forward", "backward")
+    elif isinstance(built, Classifier):
+        players = (*(classifiers.WITH_CONTEXT if config.learner == "cavia" else classifiers.PLAYERS), *gates)
+        fast = ("context",) if config.learner == "cavia" else ()
+        body = ("body", "modulation", *gates)
+        return Roles(players, fast, ("head",), (*body, "head"), (*body, "head"), (players,))
     elif isinstance(built, AdversarialAutoencoder):
         sides, head = (("discriminator",), ("encoder", "decoder")), ("decoder",)
     else:  # a generator alone would not see the support
@@ -108,12 +141,48 @@ def _gan(config: TrainConfig, event: Event) -> Gan:
     return gan(generator, discriminator, loss, network.latents, terms=terms, context=network.context, encoder=encoder)
 
 
+def _classifier(config: TrainConfig, event: Event) -> Classifier:
+    network = config.network
+    if network.network == "gated":
+        body = _gated(network, event, None)
+    elif network.network == "mlp":
+        body = mlp_features(event, network.hidden, precision=network.precision)
+    else:
+        body = conv_features(
+            event,
+            network.hidden,
+            pooling=network.pooling,
+            form=network.convolution,
+            precision=network.precision,
+        )
+    num_features = num_features_of(body, event)
+    context = network.context if config.learner == "cavia" else 0
+    return classifier(body, num_features, given(config.way), _head(config.learner, num_features), context=context)
+
+
+def _head(learner: str, num_features: int) -> Head:
+    """Return the head that the learner reads, or the linear one; similarities begin at the scale of one feature."""
+    if learner == "prototypes":
+        return prototypes(8.0 / num_features)
+    if learner == "matching":
+        return matching("l2", 8.0 / num_features)
+    if learner == "relation":
+        return relation(mlp((2 * num_features,), (RELATION_UNITS,), (1,)))
+    if learner == "memory":
+        return memory(MEMORY_SLOTS, MEMORY_WIDTH)
+    if learner == "attention":
+        return attention(2, MEMORY_WIDTH)
+    return ridge() if learner == "ridge" else linear(1.0 if learner == "boil" else 0.0)
+
+
 def _pair(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> tuple[Network, Network]:
     return _encoder(config, event, num_outputs, leaky=leaky), _decoder(config, event, leaky=leaky)
 
 
 def _encoder(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> Network:
     activation = leaky_relu if leaky else gelu
+    if config.network == "gated":
+        return _gated(config, event, (num_outputs,))
     if config.network == "mlp":
         return mlp(event, config.hidden, (num_outputs,), activation=activation, precision=config.precision)
     return conv_encoder(
@@ -130,6 +199,8 @@ def _encoder(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool
 def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Network:
     activation = leaky_relu if leaky else gelu
     normalisation: Normalisation = "layer" if leaky else "none"
+    if config.network == "gated":
+        return _gated(dataclasses.replace(config, hidden=config.hidden[::-1]), (config.latents,), event)
     if config.network == "mlp":
         return mlp(
             (config.latents,),
@@ -149,6 +220,12 @@ def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Netwo
         form=config.convolution,
         precision=config.precision,
     )
+
+
+def _gated(config: ModelConfig, event: Sequence[int], output: Sequence[int] | None) -> Network:
+    group = math.gcd(GATE_UNITS, *config.hidden)
+    made = gated_mlp(event, config.hidden, output, CANDIDATES, group=group, precision=config.precision)
+    return made.network
 
 
 def _judge(config: ModelConfig, event: Event, hidden: tuple[int, ...] = ()) -> Network:

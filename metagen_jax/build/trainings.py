@@ -7,7 +7,7 @@ import optax
 from metagen_jax.build.data import Parts, family, parts
 from metagen_jax.build.learners import learner, outer
 from metagen_jax.build.models import Built, model
-from metagen_jax.config import TrainConfig
+from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.samplers import Sampler, uniform
@@ -35,10 +35,24 @@ def training(config: TrainConfig) -> Training:
     data = parts(config.data)
     built = model(config, data.event, data.binary)
     learns = learner(config, built)
-    tasks = family(data, "train", config.shots, config.query, symmetries=config.data.symmetries, model=config.model)
+    tasks = training_tasks(config, data)
     optimizer = outer(config)
     sampler, step = meta_step(config, learns, tasks, optimizer)
     return Training(data, built, learns, tasks, optimizer, sampler, step)
+
+
+def training_tasks(config: TrainConfig, data: Parts) -> TaskFamily:
+    """Return the tasks that the configuration trains on."""
+    return family(
+        data,
+        "train",
+        config.shots,
+        config.query,
+        symmetries=config.data.symmetries,
+        rotations=config.data.rotations,
+        model=config.model,
+        way=given(config.way),
+    )
 
 
 def meta_step(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, critics, evaluate, info, plan, quickstart, train
+from metagen_jax.cli import adapt, compare, critics, evaluate, info, plan, quickstart, train
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -22,6 +22,7 @@ Command = (
     | Annotated[plan.Plan, tyro.conf.subcommand("plan")]
     | Annotated[train.Train, tyro.conf.subcommand("train")]
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[critics.TrainCritics, tyro.conf.subcommand("critics")]
     | Annotated[info.Info, tyro.conf.subcommand("info")]
@@ -31,6 +32,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     plan.Plan: plan.run,
     train.Train: train.run,
     evaluate.Evaluate: evaluate.run,
+    compare.Compare: compare.run,
     adapt.Adapt: adapt.run,
     critics.TrainCritics: critics.run,
     info.Info: info.run,

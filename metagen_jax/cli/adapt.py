@@ -13,6 +13,8 @@ import tyro
 
 from metagen_jax import report
 from metagen_jax.cli.runs import load
+from metagen_jax.config import given
+from metagen_jax.models.classifier import Classifier
 from metagen_jax.tasks.resize import INK
 from metagen_jax.tasks.sources import read_images
 from metagen_jax.train import Divergence
@@ -48,6 +50,8 @@ def run(arguments: Adapt) -> None:
     if a.out.exists() and not a.force:
         raise ValueError(f"{a.out} exists already; choose another --out, or write over it with --force")
     finished = load(a.run)
+    if isinstance(finished.built, Classifier):
+        raise ValueError(f"{a.run} is a classifier, which makes no images; measure it: metagen evaluate {a.run}")
     provenance = finished.provenance
     pixels = read_images(a.support, provenance.event, threshold=INK if provenance.binary else None)
     x = jnp.asarray(pixels, jnp.float32) / 255
@@ -63,7 +67,7 @@ def run(arguments: Adapt) -> None:
     samples = jax.jit(finished.built.model.sample, static_argnums=2)(params, sample_key, a.num)
     report.save(report.support_and_samples(np.asarray(x), np.asarray(samples)), a.out)
 
-    steps, shots = finished.config.inner.steps, finished.config.shots
+    steps, shots = given(finished.config.inner.steps), finished.config.shots
     print(
         f"adapted to {len(x)} images in {milliseconds:.1f} ms ({steps} steps; compiled once in {compile_seconds:.1f} s)"
     )

@@ -16,6 +16,7 @@ from metagen_jax.cli.protocol import (
     adaptation_strip,
     baseline_systems,
     header,
+    num_steps,
     tasks_of,
     write,
 )
@@ -50,7 +51,7 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
     for system in systems:
         test_key = jax.random.fold_in(key, TEST)
         curves[system.name], tables[system.name] = _measure(
-            system, latent, family, specs, test_key, config.inner.steps, options, programs
+            system, latent, family, specs, test_key, num_steps(config), options, programs
         )
     copy = _copy(data, finished, family, specs, key) if options.baselines else None
     result: dict[str, Any] = {
@@ -65,13 +66,13 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
         "systems": {name: {"curve": intervals(curves[name]), "table": intervals(tables[name])} for name in curves},
         "reference": NOT_ADAPTED if FINE_TUNED in curves else f"{name} at step 0",
         "above": {other: above(curve, curves.get(FINE_TUNED, curves[name])) for other, curve in curves.items()},
-        "advantages": advantages(name, tables, config.inner.steps),
+        "advantages": advantages(name, tables, num_steps(config)),
         "copy": None if copy is None else interval(copy),
         "notes": notes,
     }
     result = write(finished, result, markdown)
     report.save(
-        report.adaptation_curve(*lines(result), config.inner.steps, reference=result["reference"]),
+        report.adaptation_curve(*lines(result), num_steps(config), reference=result["reference"]),
         finished.run.figures / "adaptation_curve.png",
     )
     strip = adaptation_strip(finished, family, data, options.part, jax.random.fold_in(key, STRIP))

@@ -10,7 +10,7 @@ import tyro
 from metagen_jax import build, plan
 from metagen_jax.baselines import train_joint
 from metagen_jax.cli.train import CHUNK, META, WARM_START, Train, checked, config_of
-from metagen_jax.config import TrainConfig
+from metagen_jax.config import TrainConfig, given
 from metagen_jax.cost import bytes_at_peak
 from metagen_jax.plan import SHARE, Batching, Player
 from metagen_jax.report import table
@@ -132,7 +132,7 @@ def _time(
         )
         joint = (stamps[-1] - stamps[1]) / (len(stamps) - 2) / CHUNK
     timing = plan.measure(training, compiled, jax.random.fold_in(key, META), warm)
-    total = config.outer.steps * timing.seconds + config.outer.warm_start * joint + compile_seconds
+    total = config.outer.steps * timing.seconds + given(config.outer.warm_start) * joint + compile_seconds
     print(f"a meta-step: {_seconds(timing.seconds)}, {_number(flops / timing.seconds)}FLOP/s")
     if timing.nonfinite:
         print("some tasks were not finite, and their meta-steps repeated without them: a healthy run is faster")

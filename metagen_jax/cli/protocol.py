@@ -18,7 +18,7 @@ from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished
 from metagen_jax.cli.summary import FINE_TUNED
 from metagen_jax.cli.train import held_out
-from metagen_jax.config import TrainConfig
+from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column
@@ -51,6 +51,8 @@ class Evaluate:
     """critics to measure samples with, a file of `metagen critics --out`; those in the cache if not given"""
     classes: int | None = None
     """evaluate on so many classes only, evenly spread"""
+    tasks: int = 600
+    """random tasks of unseen classes that a classifier is evaluated on"""
     joint_steps: int | None = None
     """steps of the joint baseline, from the warm start; as many image gradients as meta-training if not given"""
     baselines: bool = True
@@ -66,8 +68,15 @@ class System(NamedTuple):
     task_chunk: int  # tasks at a time: few where every task has weights of its own
 
 
-def check_options(options: Evaluate) -> None:
-    """Raise `ValueError` for options that no evaluation can meet."""
+def check_options(options: Evaluate, model: str) -> None:
+    """Raise `ValueError` for options that no evaluation of the model can meet."""
+    if model == "classifier":
+        if options.shots < 1:
+            raise ValueError(f"a classifier needs at least one support image of each class, got {options.shots} shots")
+        if options.classes is not None:
+            raise ValueError("a classifier is evaluated on random tasks of all classes; say how many with --tasks")
+        if options.tasks < 2:
+            raise ValueError(f"an interval over tasks needs at least 2, got --tasks {options.tasks}")
     if options.classes is not None and options.classes < 2:
         raise ValueError(f"intervals over classes need at least 2, got --classes {options.classes}")
     if options.query is not None and options.query < 1:
@@ -103,7 +112,7 @@ def num_query(finished: Finished, options: Evaluate) -> int:
 
 def num_steps(config: TrainConfig) -> int:
     """Return the number of inner steps that systems are compared at: the trained one, five where the run takes none."""
-    return config.inner.steps or 5
+    return given(config.inner.steps) or 5
 
 
 def write(finished: Finished, result: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def write(finished: Finished, result: dict[str, Any], markdown: Callable[[dict[s
 
 def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: Part, key: Key) -> Any:
     """Return the figure of a few tasks: support, samples after some numbers of steps, held-out real images."""
-    trained = finished.config.inner.steps
+    trained = given(finished.config.inner.steps)
     steps = sorted({step for step in (*STRIP_STEPS, trained) if step <= trained})
     specs = build.specs(data, part, STRIP_TASKS)
     make_key, adapt_key, sample_key = jax.random.split(key, 3)
@@ -135,8 +144,8 @@ def adaptation_strip(finished: Finished, family: TaskFamily, data: Parts, part: 
     support, samples, real = (np.asarray(images) for images in drawn)
     titles = ["before adapting" if step == 0 else f"after {step} step{'s' * (step > 1)}" for step in steps]
     columns = [Column(title, samples[:, number]) for number, title in enumerate(titles)]
-    given = [Column(f"{support.shape[1]} given", support)] if support.shape[1] else []
-    return report.adaptation_strip([*given, *columns, Column("real, never seen", real)])
+    shown = [Column(f"{support.shape[1]} given", support)] if support.shape[1] else []
+    return report.adaptation_strip([*shown, *columns, Column("real, never seen", real)])
 
 
 def baseline_systems(
@@ -188,9 +197,7 @@ def _joint(finished: Finished, data: Parts, num_steps: int | None) -> tuple[Para
     path = folder / f"joint-{num_steps}.npz"
     if path.exists():
         return load_meta(path, target)[0], note
-    family = build.family(
-        data, "train", config.shots, config.query, symmetries=config.data.symmetries, model=config.model
-    )
+    family = build.training_tasks(config, data)
     key = jax.random.fold_in(jax.random.key(config.seed), JOINT)
     with Progress("joint baseline", max(num_steps, 1), unit="step", tasks=config.outer.tasks) as progress:
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -26,6 +27,7 @@ from metagen_jax.config import (
     OuterConfig,
     TrainConfig,
     check,
+    given,
 )
 from metagen_jax.evaluate import adaptation_curve
 from metagen_jax.meta.learners import MetaLearner
@@ -63,10 +65,14 @@ class Train:
     """height and width of the images of a user's folder"""
     symmetries: bool = DataConfig.symmetries
     """train on every class in its eight symmetries and shifted by a pixel: for few or handwritten training classes"""
+    rotations: bool = DataConfig.rotations
+    """train on every class turned by 90, 180 and 270 degrees as classes of their own; held-out classes stay upright"""
     shots: tuple[int, int] = TrainConfig.shots
-    """smallest and largest number of support images of a task"""
+    """smallest and largest number of support images of each class of a task"""
     query: int = TrainConfig.query
-    """query images of a task"""
+    """query images of each class of a task"""
+    way: int | None = TrainConfig.way
+    """classes of a task; 5 if not given (classifier)"""
     seed: int = TrainConfig.seed
     """of everything random: the same seed on the same machine gives the same run"""
     out: Path | None = None
@@ -90,8 +96,10 @@ def run(arguments: Train) -> None:
 def config_of(arguments: Train) -> TrainConfig:
     """Return the configuration that the arguments ask for, unchecked."""
     a = arguments
-    data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries)
-    return TrainConfig(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.seed)
+    data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries, a.rotations)
+    return TrainConfig(
+        a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.way, a.seed
+    )
 
 
 def checked(config: TrainConfig, out: Path | None, checkpoint_every: int, tensorboard: bool) -> TrainConfig:
@@ -119,10 +127,12 @@ def train_run(
     checkpoint_every: int = 500,
     tensorboard: bool = False,
     short_evaluation: bool = True,
+    warm_start: Params | None = None,
 ) -> RunDirectory:
     """Train as the configuration says and return the folder of the run.
 
-    Nothing is written before everything that the configuration asks for was found and built.
+    Nothing is written before everything that the configuration asks for was found and built. A `warm_start` that is
+    given stands in for the joint training that the configuration asks for.
 
     Raises:
         ValueError: whatever does not fit together.
@@ -139,20 +149,24 @@ def train_run(
 
     key = jax.random.key(config.seed)
     with _logging(run, writer) as log:
-        warm = None
-        if outer.warm_start:
-            with Progress("joint warm start", outer.warm_start, unit="step", tasks=outer.tasks) as progress:
+        warm, joint_steps = warm_start, given(outer.warm_start)
+        if warm is None and joint_steps:
+            with Progress("joint warm start", joint_steps, unit="step", tasks=outer.tasks) as progress:
                 warm = train_joint(
                     config,
                     family,
                     built,
-                    outer.warm_start,
+                    joint_steps,
                     jax.random.fold_in(key, WARM_START),
                     on_chunk=_on_chunk("warm start", log, progress),
                 )
-            save_meta(run.path / "baselines" / "warm_start.npz", warm, step=outer.warm_start)
+        if warm is not None:
+            whole = {**built.model.init(jax.random.fold_in(key, WARM_START)), **warm}
+            save_meta(run.path / "baselines" / "warm_start.npz", whole, step=joint_steps)
         begin_key, meta_key = jax.random.split(jax.random.fold_in(key, META))
-        meta = {**learner.init(begin_key), **(warm or {})}
+        fresh = learner.init(begin_key)
+        kept = {name: tree for name, tree in (warm or {}).items() if name in fresh}
+        meta = {**fresh, **jax.tree.map(jnp.copy, kept)}  # training donates what it begins with
         state = init_state(learner, sampler, optimizer, meta_key, meta=meta)
         with Checkpoints(run.checkpoints) as checkpoints:
             saved = 0
@@ -171,6 +185,10 @@ def train_run(
                         saved = int(state.step)
                         keep(state)
 
+                if early := round(config.inner.first_order_until * outer.steps):
+                    cheap = build.learner(config, built, first_order=True)
+                    _, first = build.meta_step(config, cheap, family, optimizer)
+                    state = train(first, state, family.data, early, chunk=CHUNK, on_chunk=on_chunk)
                 state = train(step, state, family.data, outer.steps, chunk=CHUNK, on_chunk=on_chunk)
             keep(state)
     report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
@@ -195,7 +213,7 @@ def _describe(data: Parts) -> str:
 def _short_evaluation(
     config: TrainConfig, data: Parts, built: Vae, learner: MetaLearner, meta: Params, key: jax.Array
 ) -> str:
-    part, steps = held_out(data), config.inner.steps
+    part, steps = held_out(data), given(config.inner.steps)
     family = build.family(data, part, config.shots, config.query)
     specs = build.specs(data, part, SHORT_CLASSES)
     curve = adaptation_curve(

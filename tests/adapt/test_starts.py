@@ -56,7 +56,7 @@ def test_a_direction_goes_before_the_learned_rate():
 
 def test_a_reset_player_begins_at_its_value_whatever_the_meta_parameters_say():
     game = cooperative(lambda p, key, batch: (jnp.square(p["weights"] + p["context"] - 3.0).sum(), {}), ("context",))
-    start = reset("context", jnp.zeros(1), optax.sgd(0.25))
+    start = reset({"context": jnp.zeros(1)}, optax.sgd(0.25))
     meta = start.extend({"weights": jnp.ones(1), "context": jnp.full(1, 50.0)})
     assert set(meta) == {"weights"}
     adapted, _ = unroll(vector_field(game), start, 1)(meta, jax.random.key(0), None)

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from metagen_jax.adapt.starts import Start, per_parameter
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagen_jax.adapt.starts import Start, per_parameter, reset
 from metagen_jax.adapt.unroll import trajectory, unroll
 from metagen_jax.dynamics import Dynamics
 from metagen_jax.games import vector_field
@@ -85,6 +89,48 @@ def anil(model: Model, start: AnyStart, num_steps: int, *, head: Sequence[str], 
     Source: Raghu, Raghu, Bengio & Vinyals, Rapid Learning or Feature Reuse?, 2020.
     """
     return maml(model, start, num_steps, players=head, **options)
+
+
+def boil(model: Model, start: AnyStart, num_steps: int, *, body: Sequence[str], **options: Any) -> MetaLearner:
+    """Body only in the inner loop: MAML in which everything but the head moves inside.
+
+    Source: Oh, Yoo, Kim & Yun, BOIL: Towards Representation Change for Few-Shot Learning, 2021.
+    """
+    return maml(model, start, num_steps, players=body, **options)
+
+
+def cavia(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    contexts: Sequence[str] = ("context",),
+    **options: Any,
+) -> MetaLearner:
+    """Fast context adaptation: only context vectors move inside, from zero for every task.
+
+        c_0 = 0,   c_{k+1} = c_k - a d L(theta, c_k; S) / d c,   theta <- theta - b mean_t d L(theta, c_K; Q) / d theta
+
+    Args:
+        model: with a context (`vae(..., context=E)`, `gan(..., context=E)`, `classifier(..., context=E)`).
+        optimizer: of the inner loop; the method tolerates rates over some orders of magnitude.
+        num_steps: K.
+        contexts: the players that begin at zero and move; they are no meta-parameters.
+        **options: of `maml`.
+
+    Raises:
+        ValueError: a context that the model does not have.
+
+    Source: Zintgraf, Shiarlis, Kurin, Hofmann & Whiteson, Fast Context Adaptation via Meta-Learning, 2019.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    if missing := [name for name in contexts if name not in shapes]:
+        raise ValueError(
+            f"cavia moves the contexts {missing}, but the model's players are {sorted(shapes)}; make the model with "
+            "context > 0"
+        )
+    zeros = {name: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[name]) for name in contexts}
+    return maml(model, reset(zeros, optimizer), num_steps, players=contexts, **options)
 
 
 def meta_sgd(
