@@ -137,7 +137,7 @@ def unroll(
             params, rule = start(meta)
             once = loop == "scan" or (loop == "auto" and max(layer.moves for layer in found.layers) > UNROLLED)
             return dual.descend(found, rule, params, key, support, first_order=first_order, unrolled=not once)
-        params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
+        params, carry, step = inner_loop(fields, takes, start, meta, key, support, first_order)
         _check_for(unchecked, tuple(carry[0]))
         (moving, _), trace = _scan(step, carry, num_steps, remat, loop)
         return {**params, **moving}, trace
@@ -189,7 +189,7 @@ def every_step(
     unchecked = _unchecked(start, first_order)
 
     def moves(meta: Params, key: Key, support: Examples, num_steps: int) -> tuple[Params, Params, Metrics]:
-        params, carry, step = _inner_loop(fields, takes, start, meta, key, support, first_order)
+        params, carry, step = inner_loop(fields, takes, start, meta, key, support, first_order)
         _check_for(unchecked, tuple(carry[0]))
 
         def keep(carry: Carry, index: Array) -> tuple[Carry, tuple[Params, Metrics]]:
@@ -293,7 +293,7 @@ def _movers(field: Field, params: Params, key: Key, support: Examples) -> tuple[
     return tuple(jax.eval_shape(lambda *arguments: field(*arguments)[0], params, key, support))
 
 
-def _inner_loop(
+def inner_loop(
     fields: Sequence[Field],
     takes: Sequence[Field],
     start: AnyStart,
@@ -302,6 +302,7 @@ def _inner_loop(
     support: Examples,
     first_order: bool,
 ) -> tuple[Params, Carry, Callable[[Carry, Array], tuple[Carry, Metrics]]]:
+    """Return parameters, what a step carries (what moves, and the rule's states), and the step of a scan."""
     params, rule = start(meta)
     groups = [_movers(field, params, key, support) for field in fields]
     together = tuple(dict.fromkeys(groups))
