@@ -82,9 +82,7 @@ def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> 
             model, rule, steps, strength=inner.strength, **moves, shaping=config.adversarial.shaping
         ),
         "learned_loss": lambda: learned_loss(model, with_loss(config, built), start, steps, **moves, **second),
-        "learned_optimizer": lambda: learned_optimizer(
-            model, learned_rule(config, built, role, players), steps, learns=None, **moves, **second
-        ),
+        "learned_optimizer": lambda: _learned_optimizer(config, built, role, players, second),
         "initialiser": lambda: _from_initialiser(built, begun, start, steps, **moves, **second),
         "regressed": lambda: _regressed(config, built, role, begun, players, first),
         "amortised": lambda: amortised(model, _embed(config, built), start, steps, players=players, **second),
@@ -96,6 +94,21 @@ def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> 
 def _from_initialiser(built: Built, begun: tuple[str, ...], start: Start, steps: int, **options: Any) -> MetaLearner:
     made = with_initialiser(built, begun)
     return amortised(made.model, made.embed, start, steps, **options)
+
+
+def _learned_optimizer(
+    config: TrainConfig, built: Built, role: Roles, players: tuple[str, ...], options: dict[str, Any]
+) -> MetaLearner:
+    """Return the learner of a rule and of where it begins; an LSTM learns without second derivatives.
+
+    The slope of the LSTM's logarithms of gradients makes exact meta-gradients too large to learn from. Steps are
+    recomputed: what a rule makes of every coordinate is much larger than the parameters.
+    """
+    how = {**options, "remat": "step" if config.inner.remat == "none" else config.inner.remat}
+    if config.inner.rule == "lstm":
+        how["first_order"] = True
+    rule = learned_rule(config, built, role, players)
+    return learned_optimizer(built.model, rule, given(config.inner.steps), learns=None, players=players, **how)
 
 
 def _regressed(
