@@ -401,7 +401,10 @@ def test_missing_extra_says_what_to_install(place, monkeypatch, tmp_path):
 
 
 def test_command_line_reaches_every_setting_of_a_run():
-    flat = {"source": "data", **{name: name for name in ("data_dir", "split", "hold_out", "size", "symmetries")}}
+    flat = {
+        "source": "data",
+        **{name: name for name in ("data_dir", "split", "hold_out", "size", "symmetries", "rotations")},
+    }
     assert set(flat) == set(DataConfig.__dataclass_fields__)
     reached = set(Train.__dataclass_fields__)
     assert set(flat.values()) <= reached

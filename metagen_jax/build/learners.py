@@ -53,6 +53,7 @@ def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> 
     rates = {player: given(inner.fast_rate) if player in role.fast else given(inner.rate) for player in players}
     rule = sgd(rates)
     plain, start = fixed(rule), _start(config, rates)
+    after_reading = start if steps else None  # what was read stays, also past the trained number of steps, none
     first: dict[str, Any] = {"dynamics": play, "form": inner.form, "loop": inner.loop}
     second: dict[str, Any] = {"inner_grad": inner.inner_grad, "remat": inner.remat}
     second |= {"shaping": config.adversarial.shaping, **first}
@@ -61,7 +62,7 @@ def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> 
     model, begun = built.model, initialised(built, role)
     moves: dict[str, Any] = {"players": players}
     if name in HEADS:
-        return _reader(config, built, start, players, second)
+        return _reader(config, built, after_reading, players, second)
     makers: dict[str, Callable[[], MetaLearner]] = {
         "maml": lambda: maml(model, start, steps, players=players, **second),
         "fomaml": lambda: fomaml(model, start, steps, players=players, **first),
@@ -83,15 +84,17 @@ def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> 
         ),
         "learned_loss": lambda: learned_loss(model, with_loss(config, built), start, steps, **moves, **second),
         "learned_optimizer": lambda: _learned_optimizer(config, built, role, players, second),
-        "initialiser": lambda: _from_initialiser(built, begun, start, steps, **moves, **second),
+        "initialiser": lambda: _from_initialiser(built, begun, after_reading, steps, **moves, **second),
         "regressed": lambda: _regressed(config, built, role, begun, players, first),
-        "amortised": lambda: amortised(model, _embed(config, built), start, steps, players=players, **second),
+        "amortised": lambda: amortised(model, _embed(config, built), after_reading, steps, **moves, **second),
         "joint": lambda: joint(model, plain, steps, players=players, learns=role.joint, dynamics=play),
     }
     return makers[name]()
 
 
-def _from_initialiser(built: Built, begun: tuple[str, ...], start: Start, steps: int, **options: Any) -> MetaLearner:
+def _from_initialiser(
+    built: Built, begun: tuple[str, ...], start: Start | None, steps: int, **options: Any
+) -> MetaLearner:
     made = with_initialiser(built, begun)
     return amortised(made.model, made.embed, start, steps, **options)
 
@@ -143,7 +146,7 @@ def _embed(config: TrainConfig, built: Built) -> Embed:
 
 
 def _reader(
-    config: TrainConfig, built: Built, start: Start, players: tuple[str, ...], options: dict[str, Any]
+    config: TrainConfig, built: Built, start: Start | None, players: tuple[str, ...], options: dict[str, Any]
 ) -> MetaLearner:
     """Return the learner that reads the support in closed form, and may go on by gradient steps.
 
