@@ -7,7 +7,7 @@ import pytest
 
 from metagen_jax import run_directory
 from metagen_jax.build import Parts
-from metagen_jax.config import DataConfig, InnerConfig, TrainConfig
+from metagen_jax.config import DataConfig, InnerConfig, TrainConfig, resolve
 from metagen_jax.tasks.image_set import image_set
 from metagen_jax.tasks.splits import by_class
 
@@ -26,7 +26,7 @@ def test_configuration_and_split_come_back_as_they_were(tmp_path):
     data = data_of()
     run = run_directory.find(run_directory.create(tmp_path / "r", CONFIG, data).path)
     config, provenance = run_directory.read_config(run)
-    assert config == CONFIG
+    assert config == resolve(CONFIG)
     assert provenance.event == (4, 4, 1)
     assert not provenance.binary
     assert set(provenance.versions) == {"python", "jax", "flax", "optax", "numpy", "metagen-jax"}

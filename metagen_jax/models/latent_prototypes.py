@@ -32,10 +32,6 @@ def latent_prototypes(built: Vae, strength: float = 1.0) -> Callable[[Params, Ex
 
     Raises:
         ValueError: a strength that is not positive.
-
-    Example:
-        >>> from metagen_jax import amortised  # doctest: +SKIP
-        >>> learner = amortised(built.model, latent_prototypes(built))  # doctest: +SKIP
     """
     if not strength > 0:
         raise ValueError(f"the strength of the common prior must be positive, got {strength}")
