@@ -15,7 +15,7 @@ from metagen_jax.checkpoint import load_meta
 from metagen_jax.cli.compare import Compare, num_meta_steps
 from metagen_jax.cli.runs import load
 from metagen_jax.cli.train import Train
-from metagen_jax.config import InnerConfig, OuterConfig, TrainConfig, check, from_json, to_json
+from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check, from_json, to_json
 
 TINY = [
     *("--shots", "2", "2", "--query", "3", "--network.hidden", "8", "--outer.tasks", "2", "--outer.warmup", "2"),
@@ -128,6 +128,19 @@ def test_equal_gradients_and_equal_operations_count_what_they_say():
     assert gradients(config("regressed")) == 5 + 50 * (5 + 10)
     options = Compare(Train("maml,reptile", "vae"))
     assert num_meta_steps(config("reptile"), config("maml"), options) == 140
+
+
+def test_equal_operations_are_counted_in_the_program(place):
+    def config(learner, steps):
+        data, network = DataConfig(str(place.data), split="class"), ModelConfig(hidden=(8,))
+        inner, outer = InnerConfig(steps=steps), OuterConfig(steps=100, tasks=2)
+        return check(TrainConfig(learner, "classifier", data, network, inner, outer, shots=(2, 2), query=3, way=3))
+
+    options = Compare(Train("anil,fomaml", "classifier"), equal="operations")
+    assert num_meta_steps(config("fomaml", 2), config("fomaml", 2), options) == 100
+    longer = num_meta_steps(config("fomaml", 4), config("fomaml", 2), options)
+    # 6 queries of 3 classes once, 2 supports of 3 classes in each step: (2 * 2 + 3) / (4 * 2 + 3) of the meta-steps
+    assert 100 * 7 / 11 * 0.85 < longer < 100 * 7 / 11 * 1.15
 
 
 def test_a_learner_that_drops_second_derivatives_at_first_goes_on_as_the_same_run(place):

@@ -107,10 +107,10 @@ def _seen(built: Built) -> tuple[Callable[[Params, Array], Array], int, int]:
     shapes = jax.eval_shape(lambda params, key: built.model.sample(params, key, 1), params, jax.random.key(0))
     if isinstance(built, Vae):
         latent = built.latent
-        codes = jax.eval_shape(
-            lambda key: latent.encode(built.model.init(key), jnp.zeros(shapes.shape, shapes.dtype))[0],
-            jax.random.key(0),
-        )
-        return lambda params, x: jnp.concatenate(latent.encode(params, x), 1), 2 * codes.shape[1], 0
+
+        def codes(params: Params, x: Array) -> Array:
+            return jnp.concatenate(latent.encode(params, x), 1)
+
+        return codes, jax.eval_shape(codes, params, shapes).shape[1], 0
     size = shapes.size
     return lambda params, x: x.reshape(x.shape[0], size), size, 0

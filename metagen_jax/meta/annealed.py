@@ -98,9 +98,12 @@ def over_steps(game: Game, moves: Moves, adapt: Adapt, num_steps: int, weights: 
             shared.update({name: positions[id(loss)] for name, loss in losses.items()})
             return distinct, metrics
 
-        values, metrics = jax.vmap(judged)(jax.tree.map(lambda leaf: leaf[1:], moving))
-        counted = [jnp.where(weights > 0, value, 0.0) for value in values]  # zero times infinity is no loss
-        sums = [weights.astype(value.dtype) @ value for value in counted]
+        def counting(leaf: Array) -> Array:  # zero times infinity is no loss: what does not count is judged at the end
+            counts = (weights > 0).reshape(-1, *(1,) * (leaf.ndim - 1))
+            return jnp.where(counts, leaf[1:], leaf[-1][None])
+
+        values, metrics = jax.vmap(judged)(jax.tree.map(counting, moving))
+        sums = [weights.astype(value.dtype) @ value for value in values]
         losses = {name: sums[position] for name, position in shared.items()}
         last = jax.tree.map(lambda leaf: leaf[-1], metrics)
         support = {f"support/{name}": value for name, value in trace.items()}

@@ -36,6 +36,15 @@ def test_gmres_solves_what_conjugate_gradients_do_not(x64):
     assert np.abs(_solve(conjugate_gradients, ROTATION, TARGET, 50) - expected).max() > 0.1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_comes_out_and_what_is_large_is_solved(bad):
+    for solver, more in ((conjugate_gradients, (SIZE, 1e-6)), (gmres, (SIZE,))):
+        target = np.array([bad, 1, 1, 1, 1], "f4")
+        assert not np.isfinite(_solve(solver, np.float32(SYMMETRIC), target, *more)).all()
+    large = _solve(conjugate_gradients, np.float32(SYMMETRIC), np.float32(1e25 * TARGET), 2 * SIZE, 1e-6)
+    np.testing.assert_allclose(large, 1e25 * np.linalg.solve(SYMMETRIC, TARGET), rtol=1e-3)
+
+
 def test_the_residual_of_gmres_is_the_smallest_in_the_krylov_space(x64):
     krylov = np.stack([TARGET, ROTATION @ TARGET], 1)
     weights = np.linalg.lstsq(ROTATION @ krylov, TARGET, rcond=None)[0]

@@ -93,6 +93,24 @@ def test_the_field_is_the_weighted_sum_of_the_fields_of_shorter_loops(x64, name)
         np.testing.assert_allclose(flat(final), flat(singles[-1]), rtol=1e-12)
 
 
+def test_a_step_that_does_not_count_may_have_no_finite_loss(x64):
+    """Of phi_0 = 1, phi_1 = 0 and phi_2 = 1, the query has an infinite loss at phi_1 alone."""
+
+    def loss(params, key, batch):
+        del key
+        if batch.x.shape[0] == 3:  # the support
+            return 0.5 * jnp.square(params["phi"] - 0.5), {}
+        return params["phi"] ** -2.0 * batch.x.mean(), {}
+
+    model = mg.Model(lambda key: {"phi": jnp.ones(())}, mg.cooperative(loss, ("phi",)), lambda params, key, num: None)
+    task, key = mg.Task(points(np.ones((3, 1))), points(np.ones((4, 1)))), jax.random.key(0)
+    field = maml_plus_plus(model, mg.fixed(optax.sgd(2.0)), 2, multi_step_until=UNTIL).field
+    direction, metrics = field({"phi": jnp.ones(())}, key, task)
+    expected, _ = mg.maml(model, mg.fixed(optax.sgd(2.0)), 2).field({"phi": jnp.ones(())}, jax.random.clone(key), task)
+    np.testing.assert_allclose(direction["phi"], expected["phi"], rtol=1e-12)
+    np.testing.assert_allclose((direction["phi"], metrics["loss"]), (-2.0, 1.0), rtol=1e-12)
+
+
 def test_the_field_equals_finite_differences(x64):
     model, start, options, task = _net()
     learner = maml_plus_plus(model, start, STEPS, multi_step_until=UNTIL, **options)

@@ -44,6 +44,16 @@ def test_it_begins_as_the_loss_of_the_model_and_with_its_parameters():
     assert shared == [1]  # one loss, one backward pass
 
 
+def test_the_network_is_not_made_of_the_numbers_that_the_model_is_made_of():
+    model, latent = tiny_vae()
+    key, event = jax.random.key(0), (2,)
+    network = mlp(event, (5,), (1,))  # of the size of the decoder's first layer
+    made = with_learned_loss(model, lambda params, key, batch: latent.encode(params, batch.x)[0], network).init(key)
+    kernel = made["inner_loss"]["network"]["hidden_0"]["kernel"]
+    assert kernel.shape == made["decoder"]["hidden_0"]["kernel"].shape
+    assert float(jnp.abs(kernel - made["decoder"]["hidden_0"]["kernel"]).max()) > 1e-3
+
+
 def test_each_side_has_its_own_output_and_scale(x64):
     inner = with_learned_loss(_bilinear_model(), _of_rivals, mlp((2,), (3,), (2,)), num_losses=2)
     params = _filled(inner.init(jax.random.key(0)))
