@@ -42,13 +42,13 @@ def conjugate_gradients(multiply: Multiply, target: ArrayTree, iterations: int, 
         [1.0, 0.5]
     """
     largest = jnp.stack([jnp.abs(leaf).max(initial=0.0) for leaf in jax.tree.leaves(target)]).max()
-    unit = jnp.where(largest == 0, 1.0, largest)  # so that no square overflows
+    unit = jnp.where(largest == 0, 1.0, largest)  # no square overflows, and what is not finite comes out
     target = jax.tree.map(lambda leaf: leaf / unit, target)
     squared = optax.tree.vdot(target, target)
 
     def unsolved(carry: Any) -> Array:
         count, _, _, _, rest = carry
-        return (count < iterations) & ~(rest <= tolerance**2 * squared)  # what is not finite has to come out
+        return (count < iterations) & (rest > tolerance**2 * squared)
 
     def improve(carry: Any) -> Any:
         count, solution, residual, direction, rest = carry
