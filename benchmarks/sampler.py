@@ -43,7 +43,7 @@ def main() -> None:
         def draw(key: mg.Key, data: object, sampler: mg.Sampler = sampler) -> mg.types.Array:
             def step(state: object, key: mg.Key) -> tuple[object, mg.types.Array]:
                 propose_key, make_key = jax.random.split(key)
-                specs, weights = sampler.propose(state, data, propose_key)
+                specs, weights = sampler.propose(state, data, propose_key, {})
                 keys = jax.random.split(make_key, len(weights))
                 tasks = jax.vmap(family.make, in_axes=(None, 0, 0))(data, keys, specs)
                 return state, tasks.support.x.sum() + tasks.query.x.sum()

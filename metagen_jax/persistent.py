@@ -178,7 +178,7 @@ def _new_slots(
 ) -> Slots:
     """Return T new tasks at the beginning of their inner loops."""
     propose_key, tasks_key = jax.random.split(key)
-    specs, weights = sampler.propose(sampler_state, data, propose_key)
+    specs, weights = sampler.propose(sampler_state, data, propose_key, meta)
     bits = jax.random.key_data(jax.random.split(tasks_key, weights.shape[0]))
 
     def one(spec: Spec, bits: Array) -> Particles:

@@ -17,7 +17,7 @@ from metagen_jax.meta.annealed import field_at
 from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
 from metagen_jax.meta.learners import MetaLearner, task_keys
 from metagen_jax.tasks.family import Spec, TaskFamily
-from metagen_jax.tasks.samplers import Sampler
+from metagen_jax.tasks.samplers import Sampler, effective_sample_size
 from metagen_jax.types import Array, Key, Metrics, Params
 
 
@@ -68,13 +68,13 @@ def make_step(
 ) -> Step:
     """Return one meta-step: propose tasks, take the field of each, average, follow the outer rule.
 
-    A task whose direction or loss is not finite is left out of the mean and counted; when none is finite, parameters
-    and optimiser stay as they are.
+    A task whose direction or loss is not finite is left out of the mean and counted; when none that has a weight is
+    finite, parameters and optimiser stay as they are.
 
     Args:
         learner: whose field takes one `Task`; one that is `Annealed` is followed as it is at each meta-step.
         family: makes the tasks that the sampler describes.
-        sampler: proposes T tasks and their weights.
+        sampler: proposes T tasks and their weights, and may look at the meta-parameters for it.
         optimizer: the outer rule, any optax transformation.
         mesh: a mesh with an axis `task` over which the tasks are spread; None for one device.
         average_decay: of the exponential moving average of the meta-parameters (bias-corrected, so that it begins as
@@ -83,9 +83,11 @@ def make_step(
             size (`metagen_jax.meta.batch.automatic_chunk`). Results agree up to the order of summation.
 
     Returns:
-        (state, data) -> (state, metrics). The metrics are means over the finite tasks, and: `grad_norm` [],
-        `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first one left out (-1 if
-        there is none) and `bad_inner_step` [] where its inner loop lost finiteness (-1: after it, on the query).
+        (state, data) -> (state, metrics). The metrics are means over the finite tasks, by the size of their weights,
+        and: `grad_norm` [], `effective_tasks` [] (`metagen_jax.tasks.samplers.effective_sample_size` of the weights of
+        the finite tasks), `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first
+        one left out (-1 if there is none) and `bad_inner_step` [] where its inner loop lost finiteness (-1: after it,
+        on the query).
 
     Raises:
         ValueError: a decay outside [0, 1), a chunk below one, a mesh without the axis `task`.
@@ -127,11 +129,12 @@ def make_step(
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
         propose_key, tasks_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        specs, weights = sampler.propose(state.sampler, data, propose_key)
+        specs, weights = sampler.propose(state.sampler, data, propose_key, state.meta)
         keys = task_keys(tasks_key, weights.shape[0])
         direction, per_task, finite = sharded(state.meta, data, state.step, specs, weights, keys)
         kept = jnp.where(finite, weights, 0.0)
-        scale = weights.sum() / jnp.where(finite.any(), kept.sum(), 1.0)
+        size = jnp.abs(kept)  # a strategy may turn tasks that conflict around
+        scale = jnp.abs(weights).sum() / jnp.where(size.sum() > 0, size.sum(), 1.0)
         direction = jax.tree.map(lambda leaf: leaf * scale, direction)
         still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
         direction = {name: (direction | still)[name] for name in state.meta}
@@ -143,11 +146,12 @@ def make_step(
             decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
             return meta, jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta), opt
 
-        usable = finite.any() & jnp.isfinite(norm)
+        usable = (size.sum() > 0) & jnp.isfinite(norm)
         meta, average, opt = jax.lax.cond(usable, follow, lambda: (state.meta, state.average, state.opt))
         first = jnp.argmin(finite)
-        metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, kept), per_task) | {
+        metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, size), per_task) | {
             "grad_norm": norm,
+            "effective_tasks": effective_sample_size(kept),
             "num_nonfinite": (~finite).sum(),
             "finite_share": finite.mean(),
             "bad_task": jnp.where(finite.all(), -1, first),

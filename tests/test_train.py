@@ -27,7 +27,7 @@ def _parts(rate=0.05, tasks=4, **options):
 
 
 def _vae_parts(rate=0.05, players=MOVES, **options):
-    model, _ = tiny_vae()
+    model = tiny_vae().model
     return _run_parts(mg.maml(model, mg.per_step(2, rate, players), 2, players=players), 4, **options)
 
 
@@ -89,7 +89,7 @@ def test_the_average_begins_as_the_plain_mean_of_the_parameters():
 
 def _breaking(num_bad):
     """A learner whose first `num_bad` classes have an infinite support loss at inner step 1."""
-    model, _ = tiny_vae()
+    model = tiny_vae().model
     family = mg.episodes(tiny_images(), 2, 3)
 
     def make(data, key, spec):
@@ -108,11 +108,56 @@ def test_a_bad_task_is_dropped_counted_and_reported_and_the_rest_is_learned_from
     before = mg.init_state(learner, sampler, optimizer, jax.random.key(0))
     after, metrics = step(before, family.data)
     assert 0 < int(metrics["num_nonfinite"]) < 12
+    np.testing.assert_allclose(metrics["effective_tasks"], 12 - metrics["num_nonfinite"], rtol=1e-5)
     assert int(metrics["bad_task"]) >= 0
     assert int(metrics["bad_inner_step"]) == 0
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(flat(after.meta)).all()
     assert np.abs(flat(after.meta) - flat(before.meta)).max() > 0
+
+
+def _weighted(weights, bad=()):
+    """A meta-step of plain descent on tasks 0, 1, 2, whose direction is the task's number + 1, with these weights."""
+
+    def field(meta, key, task):
+        direction = task.query.x.mean() * jnp.ones(2)
+        return {"model": direction}, {"loss": direction[0], "seen": meta["model"][0]}
+
+    def make(data, key, spec):
+        value = jnp.where(jnp.isin(spec[0], jnp.asarray(bad, int)), jnp.nan, spec[0] + 1.0)
+        examples = mg.Examples(value * jnp.ones((1, 1)), jnp.zeros(1, jnp.int32), jnp.ones(1))
+        return mg.Task(examples, examples)
+
+    def propose(state, data, key, meta):
+        weights = jnp.asarray(data) * meta["model"][0]  # the meta-parameters are one: strategies may look at them
+        return jnp.arange(3)[:, None], weights
+
+    learner = mg.MetaLearner(lambda key: {"model": jnp.ones(2)}, lambda meta, key, support: (meta, {}), field)
+    family = mg.TaskFamily(jnp.asarray(weights), None, make)
+    sampler = mg.Sampler(lambda key: (), propose, lambda state, specs, scores: state)
+    optimizer = optax.sgd(1.0)
+    state = mg.init_state(learner, sampler, optimizer, jax.random.key(0))
+    after, metrics = jax.jit(mg.make_step(learner, family, sampler, optimizer))(state, family.data)
+    return 1 - float(after.meta["model"][0]), metrics
+
+
+def test_a_strategy_weighs_tasks_and_sees_the_meta_parameters():
+    moved, metrics = _weighted([0.5, 0.0, 0.5])
+    np.testing.assert_allclose(moved, 0.5 * 1 + 0.5 * 3, rtol=1e-6)
+    np.testing.assert_allclose([metrics["loss"], metrics["effective_tasks"]], [2.0, 2.0], rtol=1e-6)
+
+
+def test_negative_weights_turn_tasks_around_and_metrics_are_by_their_size():
+    moved, metrics = _weighted([0.5, -0.25, 0.25])
+    np.testing.assert_allclose(moved, 0.5 * 1 - 0.25 * 2 + 0.25 * 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], 0.5 * 1 + 0.25 * 2 + 0.25 * 3, rtol=1e-6)
+    moved, _ = _weighted([0.5, -0.25, 0.25], bad=[2])
+    np.testing.assert_allclose(moved, (0.5 * 1 - 0.25 * 2) / 0.75, rtol=1e-6)  # the rest counts for what is lost
+
+
+def test_where_no_task_that_has_a_weight_is_finite_nothing_moves():
+    moved, metrics = _weighted([1.0, 0.0, 0.0], bad=[0])
+    assert (moved, float(metrics["effective_tasks"])) == (0.0, 0.0)
 
 
 def test_training_stops_with_the_task_and_the_inner_step_when_all_tasks_diverge():

@@ -113,7 +113,7 @@ def test_episodes_are_sampled_inside_jit_from_data_that_is_an_argument():
 
     def batch(data, key):
         propose_key, make_key = jax.random.split(key)
-        specs, weights = sampler.propose(sampler.init(None), data, propose_key)
+        specs, weights = sampler.propose(sampler.init(None), data, propose_key, {})
         return jax.vmap(made.make, in_axes=(None, 0, 0))(data, jax.random.split(make_key, 8), specs), weights
 
     tasks, weights = jax.jit(batch)(made.data, jax.random.key(0))

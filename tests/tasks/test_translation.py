@@ -259,7 +259,7 @@ def test_tasks_are_made_inside_jit_in_one_trace_from_data_that_is_an_argument():
     @chex.assert_max_traces(n=1)
     def batch(data, key):
         propose_key, make_key = jax.random.split(key)
-        specs, _ = sampler.propose(sampler.init(None), data, propose_key)
+        specs, _ = sampler.propose(sampler.init(None), data, propose_key, {})
         return jax.vmap(family.make, in_axes=(None, 0, 0))(data, jax.random.split(make_key, 8), specs)
 
     tasks = batch(family.data, jax.random.key(0))

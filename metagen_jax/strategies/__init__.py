@@ -1,0 +1,1 @@
+"""Strategies for choosing tasks: samplers that look at what a task would teach before they propose it."""
