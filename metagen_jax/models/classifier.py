@@ -12,8 +12,9 @@
 | maps       | linear maps from the context to what it shifts                |
 
 The head decides the family: `linear` is moved by gradient steps (MAML and its kin), the others of
-`metagen_jax.models.heads` are read off the support by `embed`, with `amortised`. Nothing is normalised over the
-examples of a batch, so no query sees another one: everything here is non-transductive.
+`metagen_jax.models.heads` are read off the support by `embed`, with `amortised`; those of `refined_heads` read its
+unlabelled examples too. Nothing is normalised over the examples of a batch, so no query sees another one: everything
+here is non-transductive.
 
 Sources: Vinyals et al., Matching Networks for One Shot Learning, 2016; Finn, Abbeel & Levine, 2017; Zintgraf et al.,
 2019 (context).
@@ -110,15 +111,19 @@ def classifier(
         params = moved(params)
         return top.score(params["head"], of_body(params, x))
 
+    def labelled(examples: Examples) -> Array:
+        return (examples.label >= 0) & (examples.label < num_classes)
+
     def embed(params: Params, support: Examples) -> Params:
         known = jax.nn.one_hot(support.label, num_classes) * support.weight[:, None]
-        return {"head": top.read(params["head"], features(params, support.x), known)}
+        unlabelled = support.weight * ~labelled(support)
+        return {"head": top.read(params["head"], features(params, support.x), known, unlabelled)}
 
     def loss(params: Params, key: Key, batch: Examples) -> tuple[Array, Metrics]:
         del key
         log_p = jax.nn.log_softmax(logits(params, batch.x))
         label = jnp.clip(batch.label, 0, num_classes - 1)
-        weight = batch.weight * ((batch.label >= 0) & (batch.label < num_classes))
+        weight = batch.weight * labelled(batch)
         cross_entropy = weighted_mean(-jnp.take_along_axis(log_p, label[:, None], 1)[:, 0], weight)
         correct = weighted_mean((log_p.argmax(1) == label).astype(log_p.dtype), weight)
         return cross_entropy, {"accuracy": correct, "cross_entropy": cross_entropy}

@@ -1,6 +1,9 @@
 """Heads of classifiers: the last stage, moved by gradient steps or read off the support in closed form.
 
-    features f_n of the support, targets t_n [C] (one-hot times weight; zero for padding and unlabelled examples)
+    features f_n of the support, targets t_n [C] (one-hot times weight; zero for padding and unlabelled examples),
+    unlabelled u_n (the weight of an example without a label; zero for padding and labelled examples)
+
+None of these looks at the unlabelled examples; those of `metagen_jax.models.refined_heads` do.
 
 | head       | what is read off the support                  | logits of a feature f                      |
 |------------|-----------------------------------------------|--------------------------------------------|
@@ -35,7 +38,8 @@ class Head(NamedTuple):
     """The last stage of a classifier."""
 
     init: Callable[[Key, int, int], ArrayTree]  # (key, F features, C classes) -> what meta-training learns of it
-    read: Callable[[ArrayTree, Array, Array], ArrayTree]  # (learned, features [N, F], targets [N, C]) -> a task's head
+    # (learned, features [N, F], targets [N, C], unlabelled [N]) -> a task's head
+    read: Callable[[ArrayTree, Array, Array, Array], ArrayTree]
     score: Callable[[ArrayTree, Array], Array]  # (a task's head, features [N, F]) -> logits [N, C]
     reads: bool = True  # whether it has to be read off a support set before it can score
 
@@ -52,7 +56,7 @@ def linear(scale: float = 0.0) -> Head:
         kernel = scale / num_features**0.5 * jax.random.normal(key, (num_features, num_classes))
         return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
 
-    return Head(init, lambda head, features, targets: head, _linear_score, reads=False)
+    return Head(init, lambda head, features, targets, unlabelled: head, linear_score, reads=False)
 
 
 def prototypes(scale: float = 1.0) -> Head:
@@ -69,16 +73,17 @@ def prototypes(scale: float = 1.0) -> Head:
     Example:
         >>> head = prototypes()
         >>> learned = head.init(jax.random.key(0), 1, 2)
-        >>> task = head.read(learned, jnp.array([[0.0], [2.0], [5.0]]), jnp.array([[1.0, 0], [1, 0], [0, 1]]))
+        >>> features, targets = jnp.array([[0.0], [2.0], [5.0]]), jnp.array([[1.0, 0], [1, 0], [0, 1]])
+        >>> task = head.read(learned, features, targets, jnp.zeros(3))
         >>> jax.nn.log_softmax(head.score(task, jnp.array([[1.0], [5.0]]))).argmax(1).tolist()
         [0, 1]
     """
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
-        means, s = class_means(features, targets), jnp.exp(head["log_scale"])
-        return {"kernel": 2 * s * means.T, "bias": -s * jnp.square(means).sum(1)}
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled
+        return nearest(class_means(features, targets), jnp.exp(head["log_scale"]))
 
-    return Head(_log_scale(scale), read, _linear_score)
+    return Head(_log_scale(scale), read, linear_score)
 
 
 def ridge(strength: float = 1.0, scale: float = 1.0) -> Head:
@@ -100,7 +105,8 @@ def ridge(strength: float = 1.0, scale: float = 1.0) -> Head:
         del key, num_features, num_classes
         return {"log_strength": jnp.log(strength), "log_scale": jnp.log(scale), "bias": jnp.zeros(())}
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled
         weight = jnp.sqrt(targets.sum(1, keepdims=True))
         x, y = weight * features, targets / jnp.where(weight > 0, weight, 1.0)
         rows, columns = x.shape
@@ -112,7 +118,7 @@ def ridge(strength: float = 1.0, scale: float = 1.0) -> Head:
         kernel = jnp.exp(head["log_scale"]) * solution
         return {"kernel": kernel, "bias": jnp.broadcast_to(head["bias"], kernel.shape[1:])}
 
-    return Head(init, read, _linear_score)
+    return Head(init, read, linear_score)
 
 
 def matching(similarity: Similarity = "l2", scale: float = 1.0) -> Head:
@@ -133,7 +139,8 @@ def matching(similarity: Similarity = "l2", scale: float = 1.0) -> Head:
     if similarity not in get_args(Similarity):
         raise ValueError(f"similarity must be one of {get_args(Similarity)}, got {similarity!r}")
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled
         return {**head, "features": features, "targets": targets}
 
     def score(head: ArrayTree, features: Array) -> Array:
@@ -172,7 +179,8 @@ def relation(network: Network, scale: float = 10.0) -> Head:
         del num_features, num_classes
         return {"log_scale": jnp.log(scale), "network": network.init(key)}
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled
         return {**head, "means": class_means(features, targets)}
 
     def score(head: ArrayTree, features: Array) -> Array:
@@ -193,11 +201,13 @@ def class_means(features: Array, targets: Array) -> Array:
     return targets.T @ features / jnp.where(count > 0, count, 1.0)[:, None]
 
 
-def _log_scale(scale: float) -> Callable[[Key, int, int], ArrayTree]:
-    return lambda key, num_features, num_classes: {"log_scale": jnp.log(scale)}
+def nearest(means: Array, scale: Array) -> ArrayTree:
+    """Return the linear head of means [C, F]: logits -s |f - c_k|^2 + s |f|^2."""
+    return {"kernel": 2 * scale * means.T, "bias": -scale * jnp.square(means).sum(1)}
 
 
-def _linear_score(head: ArrayTree, features: Array) -> Array:
+def linear_score(head: ArrayTree, features: Array) -> Array:
+    """Return the logits [N, C] of a task's linear head."""
     return features @ read_leaf(head, "kernel") + head["bias"][None]
 
 
@@ -214,3 +224,7 @@ def read_leaf(head: ArrayTree, name: str) -> Array:
 def unit(features: Array) -> Array:
     """Return features [N, F] over their length; zero for a feature that is zero."""
     return features * jax.lax.rsqrt(jnp.square(features).sum(-1, keepdims=True) + _TINY)
+
+
+def _log_scale(scale: float) -> Callable[[Key, int, int], ArrayTree]:
+    return lambda key, num_features, num_classes: {"log_scale": jnp.log(scale)}

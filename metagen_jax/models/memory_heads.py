@@ -60,7 +60,7 @@ def memory(slots: int, width: int, *, decay: float = 0.95, recent: float = 0.1, 
     Example:
         >>> head = memory(slots=2, width=3)
         >>> learned = head.init(jax.random.key(0), 2, 2)
-        >>> task = head.read(learned, jnp.eye(2), jnp.eye(2))
+        >>> task = head.read(learned, jnp.eye(2), jnp.eye(2), jnp.zeros(2))
         >>> head.score(task, jnp.eye(2)).argmax(1).tolist()
         [0, 1]
     """
@@ -84,7 +84,8 @@ def memory(slots: int, width: int, *, decay: float = 0.95, recent: float = 0.1, 
         alike = unit(keys) @ unit(stored[:, :width]).T  # zero for an empty slot
         return jax.nn.softmax(jnp.exp(head["log_scale"]) * alike, axis=-1)
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled  # skipped, as padding is
         rows = jnp.concatenate([features @ head["key"], targets], axis=1)
         share = jax.nn.sigmoid(head["gate"])
 
@@ -136,7 +137,8 @@ def attention(layers: int = 2, width: int = 32, *, scale: float = 2.0) -> Head:
 
     Example:
         >>> head = attention(layers=1, width=4)
-        >>> task = head.read(head.init(jax.random.key(0), 2, 3), jnp.ones((5, 2)), jnp.eye(5, 3))
+        >>> learned = head.init(jax.random.key(0), 2, 3)
+        >>> task = head.read(learned, jnp.ones((5, 2)), jnp.eye(5, 3), jnp.zeros(5))
         >>> head.score(task, jnp.ones((7, 2))).shape
         (7, 3)
     """
@@ -166,7 +168,8 @@ def attention(layers: int = 2, width: int = 32, *, scale: float = 2.0) -> Head:
             x = jnp.concatenate([x, seen], axis=1)
         return x
 
-    def read(head: ArrayTree, features: Array, targets: Array) -> ArrayTree:
+    def read(head: ArrayTree, features: Array, targets: Array, unlabelled: Array) -> ArrayTree:
+        del unlabelled  # skipped, as padding is
         present = targets.sum(1) > 0
         rows = targets.shape[0]
         # an absent row sees itself alone, so that its softmax is defined; nothing that is present sees it

@@ -11,6 +11,7 @@ import metagen_jax as mg
 from metagen_jax.models.classifier import PLAYERS, WITH_CONTEXT
 from metagen_jax.models.heads import linear, prototypes, ridge
 from metagen_jax.models.networks import Network, conv_features, mlp_features, num_features_of
+from metagen_jax.models.refined_heads import soft_kmeans
 
 EVENT, FEATURES, WAY = (3,), 4, 3
 
@@ -73,6 +74,29 @@ def test_padding_and_unlabelled_rows_change_neither_what_is_read_nor_the_loss(he
     assert abs(judged(support._replace(x=support.x.at[:1].set(5.0)), query) - value) > 1e-3
     ignored = query._replace(weight=query.weight.at[2].set(0.0))
     np.testing.assert_array_equal(judged(support, ignored._replace(x=query.x.at[2].set(5.0))), judged(support, ignored))
+
+
+def test_a_head_is_given_the_targets_of_labelled_rows_and_the_weights_of_unlabelled_ones():
+    """Anything outside 0 to C - 1 is unlabelled, and padding is neither."""
+    plain = linear()
+    head = plain._replace(read=lambda learned, features, targets, unlabelled: (targets, unlabelled))
+    support = _examples([0, 2, -1, WAY, 1, -1, 1], [1.0, 0.5, 0.25, 2.0, 0.0, 0.0, 1.0])
+    built = _built(head)
+    targets, unlabelled = built.embed(_params(built), support)["head"]
+    np.testing.assert_array_equal(unlabelled, [0, 0, 0.25, 2.0, 0, 0, 0])
+    expected = np.zeros((7, WAY))
+    expected[0, 0], expected[1, 2], expected[6, 1] = 1.0, 0.5, 1.0
+    np.testing.assert_array_equal(targets, expected)
+
+
+def test_unlabelled_rows_move_what_soft_k_means_reads_and_padding_does_not():
+    built = _built(soft_kmeans())
+    params = _params(built)
+    support = _examples([0, 1, 2, -1, -1], [1.0, 1.0, 1.0, 1.0, 0.0])
+    read = jax.jit(lambda support: built.embed(params, support)["head"]["kernel"])
+    value = read(support)
+    np.testing.assert_array_equal(read(support._replace(x=support.x.at[4].set(5.0))), value)
+    assert np.abs(read(support._replace(x=support.x.at[3].set(5.0))) - value).max() > 1e-3
 
 
 def test_the_meta_gradient_of_gradient_steps_that_begin_at_prototypes_equals_finite_differences(x64):

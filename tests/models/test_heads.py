@@ -33,12 +33,12 @@ def _targets(labels):
 
 
 def _classify(head):
-    """Return (features, targets, queries) -> logits of the head as it begins, compiled."""
+    """Return (features, targets, queries) -> logits of the head as it begins; rows without a target are unlabelled."""
 
     @jax.jit
     def logits(features, targets, queries):
         learned = head.init(jax.random.key(0), FEATURES, WAY)
-        return head.score(head.read(learned, features, targets), queries)
+        return head.score(head.read(learned, features, targets, 1.0 * (targets.sum(1) == 0)), queries)
 
     return lambda *arguments: np.asarray(logits(*arguments))
 
@@ -124,7 +124,7 @@ def test_the_linear_head_is_what_gradient_steps_make_of_it():
     head = linear(1.0)
     learned = head.init(jax.random.key(0), FEATURES, WAY)
     assert not head.reads
-    assert head.read(learned, jnp.ones((2, FEATURES)), jnp.eye(WAY)) is learned
+    assert head.read(learned, jnp.ones((2, FEATURES)), jnp.eye(WAY), jnp.ones(2)) is learned
     moved = {"kernel": np.asarray(learned["kernel"]), "bias": np.array([0.5, -1.0], "f4")}
     queries = _numbers(4, FEATURES)
     np.testing.assert_allclose(head.score(moved, queries), queries @ moved["kernel"] + moved["bias"], rtol=1e-5)
@@ -155,7 +155,7 @@ def test_a_class_without_an_example_has_a_finite_loss_and_finite_gradients(name,
     @jax.jit
     def loss_and_gradients(learned, features):
         def loss(learned, features):
-            logits = head.score(head.read(learned, features, targets), features)
+            logits = head.score(head.read(learned, features, targets, jnp.ones(2)), features)
             return -jax.nn.log_softmax(logits)[:, 0].sum()
 
         return jax.value_and_grad(loss, (0, 1))(learned, features)

@@ -32,10 +32,14 @@ def _learned(head):
 
 
 def _classify(head):
-    """Return (learned, features, targets, queries) -> logits, compiled."""
-    return jax.jit(
-        lambda learned, features, targets, queries: head.score(head.read(learned, features, targets), queries)
-    )
+    """Return (learned, features, targets, queries) -> logits, compiled; rows without a target are unlabelled."""
+
+    @jax.jit
+    def logits(learned, features, targets, queries):
+        unlabelled = 1.0 * (targets.sum(1) == 0)
+        return head.score(head.read(learned, features, targets, unlabelled), queries)
+
+    return logits
 
 
 def _softmax(x):
@@ -61,7 +65,7 @@ def test_the_memory_follows_the_equations_of_least_recently_used_access(x64):
         stored += np.outer(weight, np.concatenate([key, target]))
         last = _softmax(np.array([1.5 * _cosine(key, row[:2]) for row in stored]))
         usage = 0.9 * usage + last + weight
-    task = jax.jit(head.read)(learned, features, targets)
+    task = jax.jit(head.read)(learned, features, targets, jnp.zeros(3))
     assert chosen[:2] == [0, 1]
     np.testing.assert_allclose(task["memory"], stored, rtol=1e-12)
 
@@ -77,7 +81,7 @@ def test_a_memory_that_is_too_small_overwrites_what_was_neither_written_nor_read
     head = memory(3, SIZE, decay=0.9, recent=1e-6, scale=100.0)
     learned = jax.jit(lambda key: head.init(key, SIZE, 4))(jax.random.key(0)) | {"key": np.eye(SIZE)}
     rows = np.eye(SIZE)[[0, 1, 0, 2]].astype("f4")
-    task = jax.jit(head.read)(learned, rows, np.eye(4, dtype="f4"))
+    task = jax.jit(head.read)(learned, rows, np.eye(4, dtype="f4"), jnp.zeros(4))
     np.testing.assert_allclose(task["memory"][:, SIZE:], np.eye(4)[[0, 1, 3]], atol=1e-4)
 
 
@@ -139,7 +143,7 @@ def test_a_support_without_any_example_gives_finite_logits_and_gradients(name):
     head = HEADS[name]()
 
     def total(learned, features):
-        return head.score(head.read(learned, features, jnp.zeros((2, WAY))), features).sum()
+        return head.score(head.read(learned, features, jnp.zeros((2, WAY)), jnp.ones(2)), features).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(_learned(head), _numbers(2, SIZE).astype("f4"))
     assert np.isfinite(value)
