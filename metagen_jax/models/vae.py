@@ -24,6 +24,7 @@ All of them share one loss. Sources: Kingma & Welling, Auto-Encoding Variational
 Context Adaptation via Meta-Learning, 2019 and Dupont et al., From Data to Functa, 2022 (context and modulations).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ class Vae(NamedTuple):
 
     model: Model
     latent: LatentVariable
+    prior: Callable[[Params], ArrayTree]  # params -> the prior that is used, the context's part in it included
 
 
 def vae(
@@ -149,13 +151,12 @@ def vae(
     )
     gated = (STRUCTURE,) if has_gates(encoder) or has_gates(decoder) else ()
     players = (*(WITH_CONTEXT if context else PLAYERS), *gated)
-    return Vae(Model(init, cooperative(loss, players), sample), latent)
+    return Vae(Model(init, cooperative(loss, players), sample), latent, lambda params: moved(params)["prior"])
 
 
 def prior_log_density(prior: ArrayTree, z: Array) -> Array:
     """Return log p(z) [N] in nats, for z [N, Z]."""
-    white = ((z - prior["mean"][None]) * jnp.exp(-prior["log_scale"])[None]) @ _whitening(prior).T
-    return -0.5 * (jnp.square(white) + _LOG_2_PI).sum(-1) - prior["log_scale"].sum()
+    return -0.5 * (jnp.square(prior_whitened(prior, z)) + _LOG_2_PI).sum(-1) - prior["log_scale"].sum()
 
 
 def prior_kl(prior: ArrayTree, mean: Array, log_scale: Array) -> Array:
@@ -171,6 +172,11 @@ def prior_sample(prior: ArrayTree, noise: Array) -> Array:
     """Turn standard normal noise [N, Z] into codes of the prior."""
     white = solve_triangular(_whitening(prior), noise.T, lower=True, unit_diagonal=True).T
     return prior["mean"][None] + jnp.exp(prior["log_scale"])[None] * white
+
+
+def prior_whitened(prior: ArrayTree, z: Array) -> Array:
+    """Turn codes of the prior [N, Z] into standard normal noise, the inverse of `prior_sample`."""
+    return ((z - prior["mean"][None]) * jnp.exp(-prior["log_scale"])[None]) @ _whitening(prior).T
 
 
 def _whitening(prior: ArrayTree) -> Array:

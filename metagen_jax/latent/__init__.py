@@ -1,0 +1,1 @@
+"""Tasks from the space of codes: generated, clustered, transferred."""
