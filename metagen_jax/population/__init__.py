@@ -1,0 +1,1 @@
+"""Populations of learners: many meta-trained in one program, of which some are chosen, or all of them work together."""
