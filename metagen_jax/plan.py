@@ -116,7 +116,9 @@ def trace(config: TrainConfig, training: Training) -> jax.stages.Traced:
     Raises:
         ValueError: a chunk that does not divide the tasks.
     """
-    sampler, step = meta_step(config, training.learner, training.family, training.optimizer)
+    sampler, step = meta_step(
+        config, training.learner, training.family, training.optimizer, training.data, training.built
+    )
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: init_state(training.learner, sampler, training.optimizer, key))
     data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), training.family.data)

@@ -411,7 +411,9 @@ def test_command_line_reaches_every_setting_of_a_run():
     assert set(TrainConfig.__dataclass_fields__) <= reached
 
 
-@pytest.mark.parametrize("name", ["quickstart", "plan", "train", "evaluate", "compare", "adapt", "critics", "info"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "plan", "train", "evaluate", "compare", "adapt", "critics", "explore", "info"]
+)
 def test_help_of_every_command_describes_every_option(name):
     result = command(name, "--help")
     assert result.code == 0

@@ -27,7 +27,10 @@ ARROWS = {
     "train": "types tasks adapt meta",
     "persistent": "types tasks meta train",
     "config": "",
-    "build": "types config games dynamics tasks models adapt meta train",
+    "latent": "types games tasks models meta",
+    "strategies": "types games tasks meta",
+    "population": "types games tasks adapt models meta train",
+    "build": "types config games dynamics tasks models adapt meta latent strategies train checkpoint",
     "cost": "",
     "plan": "types config cost models adapt meta train build",
     "baselines": "types config tasks adapt meta metrics train build",
@@ -35,13 +38,14 @@ ARROWS = {
     "run_directory": "config tasks build",
     "progress": "",
     "report": "",
+    "report_latent": "report",
 }
 """Each part of the package and the parts that it may import; `cli` may import them all."""
 
 HEAVY = {
     "flax": {"models/networks.py"},
     "orbax": {"checkpoint.py"},
-    "matplotlib": {"report.py"},
+    "matplotlib": {"report.py", "report_latent.py"},
     "tqdm": {"progress.py"},
     "tyro": {"cli"},
     "scipy": {"metrics/interval.py"},

@@ -1,6 +1,7 @@
 """From a configuration to functions: data and splits, model, learner, outer rule, the meta-step."""
 
 from metagen_jax.build.data import TRANSLATION, Part, Parts, family, pairs_of_domains, parts, specs, take
+from metagen_jax.build.generated import Trained, generator, trained_generator, with_generated
 from metagen_jax.build.learners import dynamics, learner, moving, outer, sgd
 from metagen_jax.build.models import Built, Roles, model, roles
 from metagen_jax.build.trainings import Training, meta_step, training, training_tasks
@@ -11,9 +12,11 @@ __all__ = [
     "Part",
     "Parts",
     "Roles",
+    "Trained",
     "Training",
     "dynamics",
     "family",
+    "generator",
     "learner",
     "meta_step",
     "model",
@@ -25,6 +28,8 @@ __all__ = [
     "sgd",
     "specs",
     "take",
+    "trained_generator",
     "training",
     "training_tasks",
+    "with_generated",
 ]

@@ -4,13 +4,15 @@ from typing import NamedTuple
 
 import optax
 
+from metagen_jax.build.choice import choice, weighted
 from metagen_jax.build.data import Parts, family, parts
+from metagen_jax.build.generated import with_generated
 from metagen_jax.build.learners import learner, outer
 from metagen_jax.build.models import Built, model
 from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.tasks.family import TaskFamily
-from metagen_jax.tasks.samplers import Sampler, uniform
+from metagen_jax.tasks.samplers import Sampler
 from metagen_jax.train import Step, make_step
 
 
@@ -37,13 +39,13 @@ def training(config: TrainConfig) -> Training:
     learns = learner(config, built)
     tasks = training_tasks(config, data)
     optimizer = outer(config)
-    sampler, step = meta_step(config, learns, tasks, optimizer)
+    sampler, step = meta_step(config, learns, tasks, optimizer, data, built)
     return Training(data, built, learns, tasks, optimizer, sampler, step)
 
 
 def training_tasks(config: TrainConfig, data: Parts) -> TaskFamily:
-    """Return the tasks that the configuration trains on."""
-    return family(
+    """Return the tasks that the configuration trains on, generated ones among them."""
+    real = family(
         data,
         "train",
         config.shots,
@@ -53,13 +55,30 @@ def training_tasks(config: TrainConfig, data: Parts) -> TaskFamily:
         model=config.model,
         way=given(config.way),
     )
+    return with_generated(config, data, real)
 
 
 def meta_step(
-    config: TrainConfig, learner: MetaLearner, tasks: TaskFamily, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    learner: MetaLearner,
+    tasks: TaskFamily,
+    optimizer: optax.GradientTransformation,
+    data: Parts | None = None,
+    built: Built | None = None,
 ) -> tuple[Sampler, Step]:
-    """Return the sampler and the meta-step that `config.outer` asks for."""
-    sampler, o = uniform(tasks, config.outer.tasks), config.outer
+    """Return the sampler that `config.choice` asks for, and the meta-step of `config.outer`.
+
+    Strategies other than the uniform one need the data and the model, too.
+    """
+    o = config.outer
+    if config.choice.strategy == "uniform":
+        sampler = weighted(config, tasks)
+    elif data is None or built is None:
+        raise ValueError(
+            f"choice.strategy={config.choice.strategy} needs the data and the model; give both to meta_step"
+        )
+    else:
+        tasks, sampler = choice(config, data, built, learner, tasks)
     return sampler, make_step(
         learner, tasks, sampler, optimizer, average_decay=o.average_decay, task_chunk=o.task_chunk
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, compare, critics, evaluate, info, plan, quickstart, train
+from metagen_jax.cli import adapt, compare, critics, evaluate, explore, info, plan, quickstart, train
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -24,6 +24,7 @@ Command = (
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[explore.Explore, tyro.conf.subcommand("explore")]
     | Annotated[critics.TrainCritics, tyro.conf.subcommand("critics")]
     | Annotated[info.Info, tyro.conf.subcommand("info")]
 )
@@ -34,6 +35,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     evaluate.Evaluate: evaluate.run,
     compare.Compare: compare.run,
     adapt.Adapt: adapt.run,
+    explore.Explore: explore.run,
     critics.TrainCritics: critics.run,
     info.Info: info.run,
 }

@@ -21,7 +21,9 @@ from metagen_jax.config import (
     LEARNERS,
     MODELS,
     AdversarialConfig,
+    ChoiceConfig,
     DataConfig,
+    GeneratedConfig,
     InnerConfig,
     ModelConfig,
     OuterConfig,
@@ -85,6 +87,8 @@ class Train:
     inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
+    generated: GeneratedConfig = dataclasses.field(default_factory=GeneratedConfig)
+    choice: ChoiceConfig = dataclasses.field(default_factory=ChoiceConfig)
 
 
 def run(arguments: Train) -> None:
@@ -98,7 +102,8 @@ def config_of(arguments: Train) -> TrainConfig:
     a = arguments
     data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries, a.rotations)
     return TrainConfig(
-        a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.shots, a.query, a.way, a.seed
+        *(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.generated, a.choice),
+        *(a.shots, a.query, a.way, a.seed),
     )
 
 
@@ -187,7 +192,7 @@ def train_run(
 
                 if early := round(config.inner.first_order_until * outer.steps):
                     cheap = build.learner(config, built, first_order=True)
-                    _, first = build.meta_step(config, cheap, family, optimizer)
+                    _, first = build.meta_step(config, cheap, family, optimizer, data, built)
                     state = train(first, state, family.data, early, chunk=CHUNK, on_chunk=on_chunk)
                 state = train(step, state, family.data, outer.steps, chunk=CHUNK, on_chunk=on_chunk)
             keep(state)

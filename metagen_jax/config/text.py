@@ -1,0 +1,58 @@
+"""The configuration as JSON text, the form in which a run keeps it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from metagen_jax.config.defaults import resolve
+from metagen_jax.config.records import (
+    AdversarialConfig,
+    ChoiceConfig,
+    DataConfig,
+    GeneratedConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    TrainConfig,
+)
+
+SCHEMA = 2
+
+
+def to_json(config: TrainConfig) -> str:
+    """Return the configuration as JSON text."""
+    return json.dumps({"schema": SCHEMA, **dataclasses.asdict(config)}, indent=2)
+
+
+def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
+    """Read what `to_json` wrote.
+
+    Raises:
+        ValueError: not such a text, another schema, or fields that this version does not know.
+    """
+    try:
+        values = json.loads(text)
+        schema = values.pop("schema")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where} is not the configuration of a run ({error})") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}; use the version that wrote it")
+    try:
+        nested = {
+            "data": DataConfig,
+            "network": ModelConfig,
+            "inner": InnerConfig,
+            "outer": OuterConfig,
+            "adversarial": AdversarialConfig,
+        }
+        parts: dict[str, Any] = {name: record(**_tuples(values.pop(name))) for name, record in nested.items()}
+        later = {"generated": GeneratedConfig, "choice": ChoiceConfig}  # which runs of an earlier version do not have
+        parts |= {name: record(**_tuples(values.pop(name, {}))) for name, record in later.items()}
+        return resolve(TrainConfig(**parts, **_tuples(values)))  # whatever an earlier version did not know of
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} does not fit this version ({error}); use the version that wrote it") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
