@@ -200,8 +200,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
     data = load(arguments.data_dir)
-    results = json.loads(path.read_text()) if path.exists() else {"config": dataclasses.asdict(config), "rows": {}}
-    if results["config"] != json.loads(json.dumps(dataclasses.asdict(config))):
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as the lists that JSON makes of them
+    results = json.loads(path.read_text()) if path.exists() else {"config": asked, "rows": {}}
+    if results["config"] != asked:
         parser.error(f"{path} is of another configuration, {results['config']}; choose another --out")
     for row in arguments.rows:
         entry: dict[str, Any] = results["rows"].get(row, {"table": {}, "trainings": {}})
