@@ -54,7 +54,7 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.models.classifier import classifier
 from metagen_jax.models.networks import conv_features, num_features_of
 from metagen_jax.report import Column, adaptation_strip, save, table
-from metagen_jax.tasks.affine import affine
+from metagen_jax.tasks.deformations import affine
 from metagen_jax.tasks.splits import by_class
 from metagen_jax.types import Array, Examples, Key, Params
 

@@ -46,7 +46,7 @@ from metagen_jax.latent.pseudo_classes import over_partitions, partitions
 from metagen_jax.latent.variations import noise, others, outsiders
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.report import table
-from metagen_jax.tasks.affine import affine
+from metagen_jax.tasks.deformations import affine
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.mixing import with_variants
 from metagen_jax.tasks.splits import by_class
@@ -124,7 +124,7 @@ def clustered(augment: bool) -> Tasks:
     def tasks(material: Material, way: int, query: int) -> TaskFamily:
         config, images = material.config, build.take(material.data, "train")
         key = jax.random.fold_in(jax.random.key(material.seed), 7)
-        labels = partitions(material.bank.codes, config.clusters, config.cluster_partitions, key)
+        labels = jax.jit(partitions(config.clusters, config.cluster_partitions))(key, material.bank.codes)
         family = over_partitions(images, np.asarray(labels), 1, query, way=way)
         move = affine()
         return with_variants(family, lambda params, key, x: move(key, x), (), 1.0) if augment else family

@@ -40,6 +40,7 @@ VAE = (
 )
 CLASSIFIER = ("--network.hidden", "8", "--way", "3", "--shots", "1", "2", "--query", "2")
 SHORT = ("--outer.steps", "4", "--outer.tasks", "2", "--outer.warmup", "1")
+GENERATIVE = {"learner": "maml", "model": "vae", "way": None}
 STRATEGIES = (
     *("score_softmax", "hard_buffer", "class_pairs", "worst_case"),
     *("agreement", "greedy_set", "information", "self_paced"),
@@ -86,7 +87,7 @@ def configured(place, strategy="uniform", model="classifier", **generated):
 def test_a_learner_trains_on_real_and_generated_tasks_and_says_so(place, monkeypatch):
     out = place.root / "mixed"
     options = ("--generated.run", place.vae, "--generated.tasks", "0.5", "--generated.images", "0.5")
-    more = ("--generated.affine", "--generated.weight", "1.0", "0.5", "--choice.strategy", "uniform")
+    more = ("--generated.deform", "affine", "--generated.weight", "1.0", "0.5", "--choice.strategy", "uniform")
     result = command(
         monkeypatch, "train", "prototypes", "classifier", "--data", place.data, "--out", out, *CLASSIFIER, *SHORT,
         *options, *more,
@@ -101,10 +102,10 @@ def test_a_learner_trains_on_real_and_generated_tasks_and_says_so(place, monkeyp
 
 def test_without_a_label_and_without_a_generator(place, monkeypatch):
     out = place.root / "repeated"
-    options = ("--generated.tasks", "1", "--generated.decoded", "0", "--generated.affine", "--choice.strategy")
+    options = ("--generated.tasks", "1", "--generated.decoded", "0", "--generated.deform", "handwriting")
     result = command(
         monkeypatch, "train", "prototypes", "classifier", "--data", place.data, "--out", out, *CLASSIFIER, *SHORT,
-        *options, "self_paced",
+        *options, "--generated.deformed", "all", "--choice.strategy", "self_paced",
     )  # fmt: skip
     assert result.code == 0, result.err
 
@@ -169,6 +170,7 @@ def test_strategies_choose_generated_tasks_for_a_generative_model_too(place):
         ({"generated": {"tasks": 1.5, "run": "x"}}, r"share, in \[0, 1\]"),
         ({"generated": {"anchors": "prior"}}, "about generated tasks"),
         ({"generated": {"run": "x"}}, "would make nothing"),
+        ({"generated": {"deformed": "all"}}, "set generated.deform"),
         ({"generated": {"strength": -1.0, "tasks": 0.5, "run": "x"}}, "strength"),
         ({"choice": {"candidates": 4}}, "means nothing to uniform"),
         ({"choice": {"strategy": "agreement", "candidates": 1}}, "at least as many"),
@@ -176,12 +178,11 @@ def test_strategies_choose_generated_tasks_for_a_generative_model_too(place):
         ({"choice": {"strategy": "self_paced", "begin": 0.0}}, r"\(0, 1\]"),
         ({"choice": {"strategy": "class_pairs"}, "generated": {"tasks": 0.5, "run": "x"}}, "by their classes"),
         ({"choice": {"strategy": "agreement"}, "generated": {"tasks": 0.5, "run": "x", "weight": (1, 0)}}, "weight"),
-        ({"choice": {"strategy": "class_pairs"}, "learner": "maml", "model": "vae", "way": None}, "two classes"),
-        ({"choice": {"strategy": "information"}, "learner": "maml", "model": "gan", "way": None}, "embedding"),
-        ({"data": DataConfig("strokes"), "learner": "maml", "model": "vae", "way": None, "generated": {"affine": True}},
-         "strokes"),
+        ({**GENERATIVE, "choice": {"strategy": "class_pairs"}}, "two classes"),
+        ({**GENERATIVE, "model": "gan", "choice": {"strategy": "information"}}, "embedding"),
+        ({**GENERATIVE, "data": DataConfig("strokes"), "generated": {"deform": "affine"}}, "strokes"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused(place, changes, message):
     config = configured(place)
     for name, values in changes.items():

@@ -22,7 +22,7 @@ from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan
 from metagen_jax.models.gan import Gan
 from metagen_jax.models.vae import Vae
-from metagen_jax.tasks.affine import affine
+from metagen_jax.tasks.deformations import affine, handwriting
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import digest
 from metagen_jax.tasks.mixing import mixed, with_variants
@@ -81,9 +81,9 @@ def trained_generator(folder: str, data: Parts) -> Trained:
 
 
 def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFamily:
-    """Return the training tasks with generated ones, variants and affine maps mixed in as `config.generated` says."""
+    """Return the training tasks with generated ones, variants and deformations mixed in as `config.generated` says."""
     made = config.generated
-    if not (made.tasks or made.images or made.affine):
+    if not (made.tasks or made.images or made.deform != "none"):
         return real
     trained = None if made.run is None else trained_generator(made.run, data)
     family = real
@@ -93,9 +93,10 @@ def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFa
     if made.tasks:
         latent = _latent_family(config, data, trained)
         family = latent if made.tasks == 1 else mixed(family, latent, made.tasks)
-    if made.affine:
-        move = affine()
-        family = with_variants(family, lambda params, key, x: move(key, x), (), 1.0)
+    if made.deform != "none":
+        deform = affine() if made.deform == "affine" else handwriting()
+        which = ("query",) if made.deformed == "query" else ("support", "query")
+        family = with_variants(family, lambda params, key, x: deform(key, x), (), 1.0, which=which)
     return family
 
 

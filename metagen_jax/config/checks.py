@@ -100,13 +100,15 @@ def _check_generated(config: TrainConfig) -> None:
     if needs_generator and made.run is None:
         raise ValueError(
             "generated data need a generator: train one, `metagen train joint vae ...`, and give its folder as "
-            "generated.run; or repeat training images, generated.decoded=0 and generated.affine"
+            "generated.run; or repeat training images, generated.decoded=0 and generated.deform=handwriting"
         )
     if made.run is not None and not needs_generator:
         raise ValueError(
             f"generated.run={made.run} would make nothing; set generated.tasks or generated.images above 0"
         )
-    used = made.tasks > 0 or made.images > 0 or made.affine
+    if made.deform == "none" and made.deformed != plain.deformed:
+        raise ValueError(f"generated.deformed={made.deformed} is about images that are deformed; set generated.deform")
+    used = made.tasks > 0 or made.images > 0 or made.deform != "none"
     if used and (config.model == "cycle" or config.data.source == "strokes"):
         what = "tasks of two domains" if config.model == "cycle" else "procedural strokes, which are without end"
         raise ValueError(f"generated data are mixed with stored images of classes, not with {what}; leave them out")

@@ -193,11 +193,13 @@ class GeneratedConfig:
     """of the variation: standard deviation of the noise, or share of the way"""
     decoded: float = 1.0
     """share of the images of a generated class, beyond the anchor's own, that are decoded; the others are the training
-    image once more (which wants affine)"""
+    image once more (which wants deform)"""
     images: float = 0.0
     """share of the query images of real tasks that are replaced by decoded variants of themselves"""
-    affine: bool = False
-    """move every query image in training by a random affine map"""
+    deform: Literal["none", "affine", "handwriting"] = "none"
+    """random deformation of training images: affine maps; or bending, affine maps and thickness of strokes"""
+    deformed: Literal["query", "all"] = "query"
+    """which images of a task are deformed"""
     weight: tuple[float, float] = (1.0, 1.0)
     """of a generated task beside a real one, in the first meta-step and in the last"""
 

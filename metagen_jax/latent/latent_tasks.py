@@ -83,7 +83,7 @@ def latent_tasks(
         way: classes per task.
         share: probability that an image beyond the anchor's own is decoded instead of repeated from the bank; where
             an anchor has no real image, all are decoded.
-        augment: changes images at the end, `metagen_jax.tasks.affine.affine()` for instance.
+        augment: changes images at the end, `metagen_jax.tasks.deformations.affine()` for instance.
         augmented: which images it changes.
         as_codes: leave the codes [N, Z] undecoded in place of images; for learners that decode them themselves
             (`metagen_jax.latent.adversarial`). Then all is decoded, and neither share nor augment is read.

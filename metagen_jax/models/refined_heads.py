@@ -43,7 +43,7 @@ def soft_kmeans(
     distractors: Distractors = "none",
     scale: float = 1.0,
     *,
-    radius: float = 10.0,
+    radius: float = 100.0,
     mixing: bool = False,
 ) -> Head:
     """Return the head of class means that `steps` steps of soft k-means refine with the unlabelled examples.
@@ -62,7 +62,9 @@ def soft_kmeans(
         steps: of soft k-means; zero for `prototypes`.
         distractors: "none", "cluster" or "masked".
         scale: initial value of s, whose logarithm is learned.
-        radius: initial value of the last r_c, whose logarithm is learned ("cluster" alone).
+        radius: initial value of the last r_c, whose logarithm is learned ("cluster" alone). At a large one, the cluster
+            takes what is further than log r from every class (s d_nc > log r); 100 is that of the authors' code. It
+            wants to lie between the distances of a class's own examples and of others, so look at those.
         mixing: weigh the clusters by their shares of the examples.
 
     Returns:

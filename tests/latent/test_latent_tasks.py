@@ -15,7 +15,7 @@ from metagen_jax.meta.learners import amortised, fomaml, maml, reptile
 from metagen_jax.models.classifier import classifier
 from metagen_jax.models.heads import prototypes
 from metagen_jax.models.networks import Network, mlp_features
-from metagen_jax.tasks.affine import affine
+from metagen_jax.tasks.deformations import affine
 from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import init_state, make_step, run_chunk, train
 

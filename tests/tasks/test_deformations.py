@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
-from metagen_jax.tasks import affine as module
-from metagen_jax.tasks.affine import affine
+from metagen_jax.tasks import deformations as module
+from metagen_jax.tasks.deformations import affine, elastic, handwriting, in_turn, thickness
 
 
 def _reference(x, angle, log_scale, shear, down, across):
@@ -59,3 +59,49 @@ def test_limits_that_are_none_are_refused(wrong):
 def test_what_is_no_image_is_refused():
     with pytest.raises(ValueError, match=r"\[N, H, W, C\]"):
         affine()(jax.random.key(0), jnp.zeros((3, 4)))
+
+
+def test_bending_is_a_smooth_displacement_read_by_scipy():
+    x = np.random.default_rng(2).uniform(size=(1, 12, 12, 1)).astype(np.float32)
+    key = jax.random.key(3)
+    bent = np.asarray(elastic(1.5, grid=3)(key, jnp.asarray(x)))[0, ..., 0]
+    coarse = 1.5 * jax.random.normal(jax.random.clone(key), (1, 3, 3, 2))
+    shift = np.asarray(jax.image.resize(coarse, (1, 12, 12, 2), "cubic"))[0]
+    where = np.stack(np.meshgrid(np.arange(12), np.arange(12), indexing="ij")) + shift.transpose(2, 0, 1)
+    np.testing.assert_allclose(bent, map_coordinates(x[0, ..., 0], where, order=1, mode="grid-constant"), atol=1e-4)
+    assert np.abs(np.diff(shift, axis=0)).max() < 1.5  # neighbours move together
+
+
+def test_thickness_moves_the_edge_of_a_stroke_between_its_limits():
+    x = jnp.zeros((400, 9, 9, 1)).at[:, :, 4].set(1.0)  # blurred across: 1/4, 1/2, 1/4
+    drawn = thickness(lowest=0.2, highest=0.45, sharpness=0.01)(jax.random.key(0), x)[:, 4, :, 0]
+    assert float(drawn[:, 4].min()) > 0.98
+    beside = drawn[:, 3]
+    np.testing.assert_allclose((beside > 0.5).mean(), 0.05 / 0.25, atol=0.06)  # ink where the level is below 1/4
+    assert float(drawn[:, 2].max()) < 0.01
+
+
+def test_deformations_in_turn_are_composed_with_keys_of_their_own():
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
+    key = jax.random.key(5)
+    both = in_turn(elastic(), thickness())(key, x)
+    first, second = jax.random.split(jax.random.clone(key))
+    np.testing.assert_array_equal(both, thickness()(second, elastic()(first, x)))
+    made = handwriting()(jax.random.key(6), (x > 0.5).astype(jnp.float32))
+    assert 0 <= float(made.min()) <= float(made.max()) <= 1
+    assert float(jnp.abs(made[0] - made[1]).max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: elastic(-1.0), "pixels"),
+        (lambda: elastic(grid=1), "grid"),
+        (lambda: thickness(lowest=0.7), "lowest"),
+        (lambda: thickness(sharpness=0.0), "sharpness"),
+        (in_turn, "at least one"),
+    ],
+)
+def test_deformations_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,228 @@
+"""Few training characters of Omniglot: what deformations, generated tasks and interpolated tasks add to 50 to 1200.
+
+Question: meta-learning overfits to few classes, so that data made by a generator which saw the same few classes should
+matter most where there are fewest. Does it, beside deformations, which cost nothing?
+Published: nothing on this protocol; Yao, Zhang & Finn, Meta-Learning with Fewer Tasks through Task Interpolation, 2022,
+report gains of some points on other data where classes are few.
+
+Protocol: 28x28 binary Omniglot (the binarisation of `omniglot_gmn`), 1200 / 100 / 323 characters at random, alphabets
+mixed, no rotations; the first 50, 100, 200 or all of the training characters, with labels, 20 images each; the VAE of a
+row saw the images of those characters only. Learner: prototypes on 4 stride-2 convolutions of 32 channels, 20-way, 1
+support and 2 query images. "Generated" tasks are made around training images and their codes (share 0.5 of the tasks),
+"interpolated" ones blend two real tasks (share 0.5). Every training has the same CPU time on one core, without
+compiling; 1,000 test tasks of 15 queries a class from the 323; non-transductive.
+
+    taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/few_classes --seeds 0 1 2  # 35 min each
+    taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/quick --quick              # 3 min
+
+A run that was stopped goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import metagen_jax as mg
+from metagen_jax import build
+from metagen_jax.baselines import train_joint
+from metagen_jax.config import DataConfig, ModelConfig, OuterConfig, TrainConfig, check
+from metagen_jax.evaluate_labels import accuracy_curve
+from metagen_jax.latent.anchors import from_images
+from metagen_jax.latent.generator import of_vae
+from metagen_jax.latent.latent_tasks import latent_bank, latent_tasks
+from metagen_jax.latent.variations import others
+from metagen_jax.report import table
+from metagen_jax.tasks.deformations import handwriting
+from metagen_jax.tasks.family import TaskFamily
+from metagen_jax.tasks.image_set import ImageSet
+from metagen_jax.tasks.mixing import interpolated, mixed, with_variants
+from metagen_jax.tasks.splits import by_class
+from metagen_jax.train import TrainState
+from metagen_jax.types import Metrics, Params
+
+SETTINGS = ((5, 1), (20, 1))  # ways, shots
+LATENTS = 32
+TEST = 100  # what the seed's key is folded for
+ROWS = ("real", "deformed", "generated", "interpolated", "deformed, generated", "deformed, interpolated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained and measured."""
+
+    channels: tuple[int, ...] = (32, 32, 32, 32)
+    classes: tuple[int, ...] = (50, 100, 200, 1200)
+    seconds: float = 50.0  # CPU time of a training
+    tasks: int = 4  # of a meta-step
+    way: int = 20
+    query: int = 2
+    vae_steps: int = 2000
+    share: float = 0.5  # of generated or interpolated tasks, and of decoded images in a generated one
+    strength: float = 0.3  # towards another class
+    test_tasks: int = 1000
+
+
+def load(data_dir: str) -> build.Parts:
+    """Return the data with the split of the protocol."""
+    data = build.parts(DataConfig("omniglot_gmn", data_dir))
+    assert data.images is not None
+    total = data.images.num_classes
+    return data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+
+
+def only(data: build.Parts, classes: int, seed: int) -> build.Parts:
+    """Return the data with some of the training characters, others for each seed."""
+    assert data.split is not None
+    order = np.random.default_rng(seed).permutation(data.split.train)
+    return data._replace(split=data.split._replace(train=np.sort(order[:classes])))
+
+
+def generated(config: Config, data: build.Parts, images: ImageSet, seed: int) -> TaskFamily:
+    """Return tasks out of the latent space of a VAE of these images; it is trained without labels."""
+    settings = check(
+        TrainConfig(
+            "joint",
+            "vae",
+            network=ModelConfig(hidden=(400, 400), latents=LATENTS, context=0),
+            outer=OuterConfig(config.vae_steps, warm_start=0, warm_start_rate=2e-3, warmup=20),
+            shots=(5, 5),
+            query=5,
+        )
+    )
+    built = build.model(settings, data.event, data.binary)
+    assert isinstance(built, mg.Vae)
+    params = train_joint(settings, mg.episodes(images, 5, 5), built, config.vae_steps, jax.random.key(seed))
+    generator = of_vae(built, LATENTS)
+    bank = latent_bank(generator, params, images.images)
+    return latent_tasks(
+        generator,
+        bank,
+        from_images(),
+        others(config.strength),
+        1,
+        config.query,
+        way=config.way,
+        share=config.share,
+    )
+
+
+def family_of(config: Config, row: str, real: TaskFamily, latent: TaskFamily | None) -> TaskFamily:
+    """Return the training tasks of a row."""
+    family = real
+    if "generated" in row and latent is not None:
+        family = mixed(real, latent, config.share)
+    if "interpolated" in row:
+        family = mixed(real, interpolated(real, way=config.way), config.share)
+    if "deformed" in row:
+        deform = handwriting()
+        family = with_variants(family, lambda params, key, x: deform(key, x), (), 1.0, which=("support", "query"))
+    return family
+
+
+def learner_of(config: Config, way: int) -> tuple[mg.Classifier, mg.MetaLearner]:
+    """Return the classifier and its learner; what it learns does not depend on the ways."""
+    settings = check(
+        TrainConfig("prototypes", "classifier", network=ModelConfig("conv", config.channels), way=way, shots=(1, 1))
+    )
+    built = build.model(settings, (28, 28, 1), True)
+    assert isinstance(built, mg.Classifier)
+    return built, build.learner(settings, built)
+
+
+def train(config: Config, family: TaskFamily, seed: int) -> tuple[Params, dict[str, float]]:
+    """Train for the CPU time that there is; return averaged meta-parameters and what it took."""
+    learner, sampler = learner_of(config, config.way)[1], mg.uniform(family, config.tasks)
+
+    def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
+        optimizer = mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
+        step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
+        state, times = mg.init_state(learner, sampler, optimizer, jax.random.key(seed)), [time.process_time()]
+
+        def on_chunk(state: TrainState, metrics: Metrics) -> None:
+            times.append(time.process_time())
+
+        return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
+
+    _, times = run(20, 10)  # the first dispatch compiles
+    num_steps = 25 * max(1, round(config.seconds * 10 / (times[2] - times[1]) / 25))
+    state, times = run(num_steps, 25)
+    return state.average, {"meta_steps": num_steps, "seconds": times[-1] - times[1]}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the table: means over seeds with their 95 % intervals (of Student's t); gains are paired with `real`."""
+    header = ["characters", "tasks", *(f"{way}-way {shots}-shot" for way, shots in SETTINGS), "above real, 5-way"]
+    lines = []
+    for classes, rows in results["rows"].items():
+        for row in ROWS:
+            seeds = rows.get(row, {})
+            if not seeds:
+                continue
+            names = [f"{way}-way {shots}-shot" for way, shots in SETTINGS]
+            cells = [_cell([found["accuracy"][name] for found in seeds.values()]) for name in names]
+            both = [seed for seed in seeds if seed in rows.get("real", {})]
+            gains = [seeds[s]["accuracy"][names[0]] - rows["real"][s]["accuracy"][names[0]] for s in both]
+            lines.append([classes, row, *cells, _cell(gains) if row != "real" and gains else ""])
+    return table(header, lines) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    students_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[min(len(values), 5)]
+    return f"{np.mean(values):.1f} ± {students_t * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+
+
+def main() -> None:
+    """Train and test every row of every seed, keeping what is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--seconds", type=float, default=Config.seconds)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    config = Config(seconds=arguments.seconds)
+    if arguments.quick:
+        config = dataclasses.replace(config, seconds=3.0, vae_steps=150, test_tasks=20, classes=(50, 1200))
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    path, asked = out / "results.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"config": asked, "rows": {}}
+    if results["config"] != asked:
+        parser.error(f"{path} is of another configuration, {results['config']}; choose another --out")
+    data = load(arguments.data_dir)
+    for seed in arguments.seeds:
+        for classes in config.classes:
+            part = only(data, classes, seed)
+            images = build.take(part, "train")
+            real, latent = mg.episodes(images, 1, config.query, way=config.way), None
+            for row in ROWS:
+                found = results["rows"].setdefault(str(classes), {}).setdefault(row, {})
+                if str(seed) in found:
+                    continue
+                if "generated" in row and latent is None:
+                    latent = generated(config, part, images, seed)
+                meta, took = train(config, family_of(config, row, real, latent), seed)
+                entry: dict[str, Any] = {**took, "accuracy": {}}
+                for way, shots in SETTINGS:
+                    built, learner = learner_of(config, way)
+                    family = build.family(data, "test", shots, 15, model="classifier", way=way)
+                    measure = accuracy_curve(learner.path, built.model, family, steps=(0,), task_chunk=10)
+                    key = jax.random.fold_in(jax.random.key(seed), TEST)
+                    accuracy = measure(meta, key, config.test_tasks).mean[0]
+                    entry["accuracy"][f"{way}-way {shots}-shot"] = 100 * float(accuracy)
+                found[str(seed)] = entry
+                path.write_text(json.dumps(results, indent=1))
+                (out / "table.md").write_text(markdown(results))
+                print(markdown(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
