@@ -38,7 +38,7 @@ from metagen_jax.config import AdversarialConfig, DataConfig, InnerConfig, Model
 from metagen_jax.evaluate import adaptation_curves
 from metagen_jax.metrics.interval import over_classes
 from metagen_jax.report import table
-from metagen_jax.train import TrainState
+from metagen_jax.train import Divergence, TrainState
 from metagen_jax.types import Metrics, Params
 
 SHOTS, HELD_OUT, STEPS = 5, 15, 5
@@ -83,7 +83,7 @@ def configured(model: str, row: str, num_steps: int, data_dir: str, seed: int) -
     elif row == "prototypes":
         inner = dataclasses.replace(inner, steps=0)
     elif row == "cavia":
-        inner = dataclasses.replace(inner, fast_rate=0.1)
+        inner = dataclasses.replace(inner, fast_rate=0.1 if is_vae else 0.02)
     return check(
         TrainConfig(
             row,
@@ -209,10 +209,14 @@ def main() -> None:
     for row in arguments.rows or ROWS[model]:
         if row in results["rows"]:
             continue
-        short = train(configured(model, row, 20, data_dir, config.seed), data, start, chunk=10)[1]
-        num_steps = 25 * max(1, round(config.seconds / short["seconds_a_step"] / 25))
-        settings = configured(model, row, num_steps, data_dir, config.seed)
-        meta, took = train(settings, data, start)
+        try:
+            short = train(configured(model, row, 20, data_dir, config.seed), data, start, chunk=10)[1]
+            num_steps = 25 * max(1, round(config.seconds / short["seconds_a_step"] / 25))
+            settings = configured(model, row, num_steps, data_dir, config.seed)
+            meta, took = train(settings, data, start)
+        except Divergence as error:  # no row, and the others go on
+            print(f"{row} diverged: {error}", flush=True)
+            continue
         results["rows"][row] = {**took, **measure(settings, config, data, judges, meta)}
         results["rows"] = {name: results["rows"][name] for name in ROWS[model] if name in results["rows"]}
         path.write_text(json.dumps(results, indent=1))

@@ -41,12 +41,14 @@ from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.latent.adversarial import on_codes
 from metagen_jax.latent.anchors import LatentBank, extrapolated, from_images, from_prior, midpoints, separation
 from metagen_jax.latent.generator import Generator, of_vae
+from metagen_jax.latent.kmeans import kmeans
 from metagen_jax.latent.latent_tasks import latent_bank, latent_tasks
 from metagen_jax.latent.pseudo_classes import over_partitions, partitions
+from metagen_jax.latent.self_training import self_training
 from metagen_jax.latent.variations import noise, others, outsiders
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.report import table
-from metagen_jax.tasks.deformations import affine
+from metagen_jax.tasks.deformations import affine, binary, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.mixing import with_variants
 from metagen_jax.tasks.splits import by_class
@@ -74,13 +76,15 @@ class Config:
     """What is trained and measured."""
 
     channels: tuple[int, ...] = (32, 32, 32, 32)
-    seconds: float = 100.0  # CPU time of a training
+    seconds: float = 60.0  # CPU time of a training, all rounds of self-training together
     tasks: int = 4  # of a meta-step
     way: int = 20  # of training; of MAML, those of the test
     query: int = 2
     vae_steps: int = 4000
     clusters: int = 500
     cluster_partitions: int = 5
+    rounds: int = 2  # of self-training, after a third of the time on single images
+    round_clusters: int = 1200
     test_tasks: int = 1000
 
 
@@ -99,7 +103,7 @@ def latent(anchors: Any, variation: Any, share: float, augment: bool) -> Tasks:
     """Return the tasks of a row out of latent space."""
 
     def tasks(material: Material, way: int, query: int) -> TaskFamily:
-        move = affine() if augment else None
+        move = in_turn(affine(), binary()) if augment else None
         return latent_tasks(
             material.generator, material.bank, anchors, variation, 1, query, way=way, share=share, augment=move
         )
@@ -112,7 +116,7 @@ def labelled(augment: bool) -> Tasks:
 
     def tasks(material: Material, way: int, query: int) -> TaskFamily:
         family = build.family(material.data, "train", 1, query, model="classifier", way=way)
-        move = affine()
+        move = in_turn(affine(), binary())
         return with_variants(family, lambda params, key, x: move(key, x), (), 1.0) if augment else family
 
     return tasks
@@ -126,7 +130,7 @@ def clustered(augment: bool) -> Tasks:
         key = jax.random.fold_in(jax.random.key(material.seed), 7)
         labels = jax.jit(partitions(config.clusters, config.cluster_partitions))(key, material.bank.codes)
         family = over_partitions(images, np.asarray(labels), 1, query, way=way)
-        move = affine()
+        move = in_turn(affine(), binary())
         return with_variants(family, lambda params, key, x: move(key, x), (), 1.0) if augment else family
 
     return tasks
@@ -152,6 +156,7 @@ ROWS: dict[str, tuple[str, Tasks, dict[str, Any]]] = {
     "between, noise, affine": ("prototypes", latent(midpoints(IMAGES), noise(0.5), 1.0, True), {}),
     "clusters": ("prototypes", clustered(False), {}),
     "clusters, affine": ("prototypes", clustered(True), {}),
+    "self-training, affine": ("self", latent(IMAGES, noise(0.0), 0.0, True), {}),
     "MAML, affine only": ("maml", latent(IMAGES, noise(0.0), 0.0, True), {}),
     "MAML, noise, affine": ("maml", latent(IMAGES, noise(0.5), 0.5, True), {}),
 }
@@ -197,7 +202,7 @@ def learner_of(config: Config, kind: str, way: int) -> tuple[mg.Classifier, Meta
     """Return the classifier and its learner; what prototypes learn does not depend on the ways."""
     settings = check(
         TrainConfig(
-            kind,
+            "maml" if kind == "maml" else "prototypes",
             "classifier",
             network=ModelConfig("conv", config.channels, context=0),
             inner=InnerConfig(steps=3, rate=0.4) if kind == "maml" else InnerConfig(),
@@ -211,18 +216,60 @@ def learner_of(config: Config, kind: str, way: int) -> tuple[mg.Classifier, Meta
 
 
 def train(config: Config, row: str, way: int, made: Material, seed: int) -> tuple[Params, dict[str, float]]:
-    """Train for the CPU time that there is; return averaged meta-parameters and what it took."""
+    """Train a row for the CPU time that there is; return averaged meta-parameters and what it took."""
     kind, tasks, adversarial = ROWS[row]
     learner, family = learner_of(config, kind, way)[1], tasks(made, way, config.query)
     if adversarial:
         learner = on_codes(learner, made.generator, made.bank.params, **adversarial)
-        family = latent_tasks(made.generator, made.bank, IMAGES, others(0.3), 1, config.query, way=way, as_codes=True)
+        codes = {"way": way, "as_codes": True}
+        family = latent_tasks(made.generator, made.bank, IMAGES, others(0.3), 1, config.query, **codes)
+    if kind == "self":
+        return self_trained(config, learner, family, way, made, seed)
+    return fit(config, learner, family, config.seconds, jax.random.key(seed))
+
+
+def self_trained(
+    config: Config, learner: MetaLearner, family: TaskFamily, way: int, made: Material, seed: int
+) -> tuple[Params, dict[str, float]]:
+    """Train on single images, then in rounds on clusters of what was learned; clustering is not counted as training."""
+    seconds = config.seconds / (config.rounds + 1)
+    meta, took = fit(config, learner, family, seconds, jax.random.key(seed))
+    built, move = learner_of(config, "prototypes", way)[0], in_turn(affine(), binary())
+    features = jax.jit(lambda meta, x: built.features(meta, x.astype(np.float32) / 255.0))
+
+    def embed(state: Params, images: np.ndarray) -> np.ndarray:
+        return np.concatenate([features(state, images[begin : begin + 500]) for begin in range(0, len(images), 500)])
+
+    def cluster(key: Any, codes: np.ndarray) -> np.ndarray:
+        return jax.jit(kmeans(config.round_clusters, num_steps=15, restarts=1))(key, codes).labels
+
+    def learn(key: Any, state: Params, images: Any) -> Params:
+        clusters = mg.episodes(images, 1, config.query, way=way)
+        moved = with_variants(clusters, lambda params, key, x: move(key, x), (), 1.0)
+        state, more = fit(config, learner, moved, seconds, key, begin=state)
+        for name, value in more.items():
+            took[name] += value
+        return state
+
+    images, key = build.take(made.data, "train"), jax.random.fold_in(jax.random.key(seed), 11)
+    members = 1 + config.query
+    for found in self_training(embed, cluster, learn, images, meta, key, num_rounds=config.rounds, members=members):
+        meta = found.state
+    return meta, took
+
+
+def fit(
+    config: Config, learner: MetaLearner, family: TaskFamily, seconds: float, key: Any, begin: Params | None = None
+) -> tuple[Params, dict[str, float]]:
+    """Train for so many CPU-seconds; return averaged meta-parameters and what it took."""
     sampler = mg.uniform(family, config.tasks)
 
     def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
-        optimizer = mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
+        rate = 2e-3 if begin is None else 1e-3
+        optimizer = mg.outer_optimizer(rate, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
         step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
-        state, times = mg.init_state(learner, sampler, optimizer, jax.random.key(seed)), [time.process_time()]
+        meta = None if begin is None else jax.tree.map(jax.numpy.copy, begin)
+        state, times = mg.init_state(learner, sampler, optimizer, key, meta=meta), [time.process_time()]
 
         def on_chunk(state: TrainState, metrics: Metrics) -> None:
             times.append(time.process_time())
@@ -230,7 +277,7 @@ def train(config: Config, row: str, way: int, made: Material, seed: int) -> tupl
         return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
 
     _, times = run(20, 10)  # the first dispatch compiles
-    num_steps = 25 * max(1, round(config.seconds * 10 / (times[2] - times[1]) / 25))
+    num_steps = 25 * max(1, round(seconds * 10 / (times[2] - times[1]) / 25))
     state, times = run(num_steps, 25)
     return state.average, {"meta_steps": num_steps, "seconds": times[-1] - times[1]}
 

@@ -102,7 +102,7 @@ def test_a_learner_trains_on_real_and_generated_tasks_and_says_so(place, monkeyp
 
 def test_without_a_label_and_without_a_generator(place, monkeypatch):
     out = place.root / "repeated"
-    options = ("--generated.tasks", "1", "--generated.decoded", "0", "--generated.deform", "handwriting")
+    options = ("--generated.tasks", "1", "--generated.decoded", "0", "--generated.deform", "elastic")
     result = command(
         monkeypatch, "train", "prototypes", "classifier", "--data", place.data, "--out", out, *CLASSIFIER, *SHORT,
         *options, "--generated.deformed", "all", "--choice.strategy", "self_paced",

@@ -22,7 +22,7 @@ from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan
 from metagen_jax.models.gan import Gan
 from metagen_jax.models.vae import Vae
-from metagen_jax.tasks.deformations import affine, handwriting
+from metagen_jax.tasks.deformations import affine, binary, elastic, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import digest
 from metagen_jax.tasks.mixing import mixed, with_variants
@@ -94,7 +94,8 @@ def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFa
         latent = _latent_family(config, data, trained)
         family = latent if made.tasks == 1 else mixed(family, latent, made.tasks)
     if made.deform != "none":
-        deform = affine() if made.deform == "affine" else handwriting()
+        bent = (elastic(),) if made.deform == "elastic" else ()
+        deform = in_turn(*bent, affine(), *((binary(),) if data.binary else ()))
         which = ("query",) if made.deformed == "query" else ("support", "query")
         family = with_variants(family, lambda params, key, x: deform(key, x), (), 1.0, which=which)
     return family

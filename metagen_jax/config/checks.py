@@ -100,7 +100,7 @@ def _check_generated(config: TrainConfig) -> None:
     if needs_generator and made.run is None:
         raise ValueError(
             "generated data need a generator: train one, `metagen train joint vae ...`, and give its folder as "
-            "generated.run; or repeat training images, generated.decoded=0 and generated.deform=handwriting"
+            "generated.run; or repeat training images, generated.decoded=0 and generated.deform=affine"
         )
     if made.run is not None and not needs_generator:
         raise ValueError(

@@ -196,8 +196,8 @@ class GeneratedConfig:
     image once more (which wants deform)"""
     images: float = 0.0
     """share of the query images of real tasks that are replaced by decoded variants of themselves"""
-    deform: Literal["none", "affine", "handwriting"] = "none"
-    """random deformation of training images: affine maps; or bending, affine maps and thickness of strokes"""
+    deform: Literal["none", "affine", "elastic"] = "none"
+    """random deformation of training images: affine maps, or bending and affine maps; binary images stay binary"""
     deformed: Literal["query", "all"] = "query"
     """which images of a task are deformed"""
     weight: tuple[float, float] = (1.0, 1.0)

@@ -3,6 +3,7 @@
     affine      x'(p) = x(A^-1 (p - c - t) + c),   A = s R(angle) [[1, shear], [0, 1]],   c the centre
     elastic     x'(p) = x(p + u(p)),   u smooth: normal on a coarse grid, cubic between
     thickness   x' = sigmoid((blurred x - level) / sharpness), level random: thinner or bolder strokes, nearly binary
+    binary      x' = 1 where x > level, for data of zeros and ones that interpolation has made grey
 
 Positions are read by bilinear interpolation, outside of the image is zero, and each image has its own deformation.
 
@@ -21,8 +22,11 @@ Deform = Callable[[Key, Array], Array]
 """(key, x [N, H, W, C]) -> deformed images of the same shape."""
 
 
-def affine(*, rotate: float = 15.0, scale: float = 0.15, shear: float = 0.2, shift: float = 2.0) -> Deform:
+def affine(*, rotate: float = 10.0, scale: float = 0.3, shear: float = 0.3, shift: float = 6.0) -> Deform:
     """Return the function (key, x [N, H, W, C]) -> randomly moved images of the same shape.
+
+    The defaults did best among a dozen on validation characters of Omniglot at 28x28 pixels, in unsupervised 5-way
+    1-shot accuracy: large shifts matter most, larger turns than these harm.
 
     Args:
         rotate: largest angle in degrees, either way.
@@ -122,9 +126,15 @@ def in_turn(*deformations: Deform) -> Deform:
     return deform
 
 
-def handwriting() -> Deform:
-    """Return how two drawings of one character differ: bending, an affine map and the thickness of the stroke."""
-    return in_turn(elastic(), affine(), thickness())
+def binary(level: float = 0.5) -> Deform:
+    """Return the function (key, x) -> ones where x is above the level, zeros elsewhere; no key is used.
+
+    Raises:
+        ValueError: a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"the level must lie in (0, 1), got {level}")
+    return lambda key, x: (x > level).astype(x.dtype)
 
 
 def _moved(x: Array, draw: Array) -> Array:

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from metagen_jax.tasks import deformations as module
-from metagen_jax.tasks.deformations import affine, elastic, handwriting, in_turn, thickness
+from metagen_jax.tasks.deformations import affine, binary, elastic, in_turn, thickness
 
 
 def _reference(x, angle, log_scale, shear, down, across):
@@ -87,9 +87,12 @@ def test_deformations_in_turn_are_composed_with_keys_of_their_own():
     both = in_turn(elastic(), thickness())(key, x)
     first, second = jax.random.split(jax.random.clone(key))
     np.testing.assert_array_equal(both, thickness()(second, elastic()(first, x)))
-    made = handwriting()(jax.random.key(6), (x > 0.5).astype(jnp.float32))
-    assert 0 <= float(made.min()) <= float(made.max()) <= 1
-    assert float(jnp.abs(made[0] - made[1]).max()) > 0.1
+
+
+def test_binary_images_are_ones_above_the_level():
+    x = jnp.array([0.2, 0.5, 0.6, 0.9]).reshape(1, 2, 2, 1)
+    assert binary()(jax.random.key(0), x).ravel().tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert binary(0.7)(jax.random.key(0), x).ravel().tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,7 @@ def test_deformations_in_turn_are_composed_with_keys_of_their_own():
         (lambda: thickness(lowest=0.7), "lowest"),
         (lambda: thickness(sharpness=0.0), "sharpness"),
         (in_turn, "at least one"),
+        (lambda: binary(1.0), "level"),
     ],
 )
 def test_deformations_that_cannot_be_are_refused(make, message):
