@@ -10,11 +10,11 @@ and numbers of inner steps.
 
 Protocol: 28x28 binary Omniglot (the binarisation of `omniglot_gmn`), 1200 / 100 / 323 characters at random, alphabets
 mixed, no rotations; generators and learners see the images of the 1200 characters without labels; the ways of training
-and the limits of the affine maps were chosen on labelled validation characters, nothing else was; 1,000 test tasks of 15
-queries a class; non-transductive (normalisation of each example by itself). Learner: prototypes on 4 stride-2
+and the limits of the affine maps were chosen on labelled validation characters, nothing else was; 1,000 test tasks of
+15 queries a class; non-transductive (normalisation of each example by itself). Learner: prototypes on 4 stride-2
 convolutions of 32 channels, trained 60-way with 1 support and 2 query images; MAML rows with a linear head, 5- and
-20-way, 3 inner steps (10 at test). Every training has the same CPU time on one core, without compiling. Generator: dense
-VAE with 32 latent dimensions, trained once a seed.
+20-way, 3 inner steps (10 at test). Every training has the same CPU time on one core, without compiling. Generator:
+dense VAE with 32 latent dimensions, trained once a seed.
 
     taskset -c 0 python experiments/unsupervised.py --data-dir DIR --out runs/unsupervised --seeds 0 1 2  # 45 min each
     taskset -c 0 python experiments/unsupervised.py --data-dir DIR --out runs/quick --quick               # 3 min
