@@ -38,7 +38,7 @@ from metagen_jax.latent.generator import of_vae
 from metagen_jax.latent.latent_tasks import latent_bank, latent_tasks
 from metagen_jax.latent.variations import others
 from metagen_jax.report import table
-from metagen_jax.tasks.deformations import affine, binary, in_turn
+from metagen_jax.tasks.deformations import affine
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.mixing import interpolated, mixed, with_variants
@@ -120,7 +120,7 @@ def family_of(config: Config, row: str, real: TaskFamily, latent: TaskFamily | N
     if "interpolated" in row:
         family = mixed(real, interpolated(real, way=config.way), config.share)
     if "deformed" in row:
-        deform = in_turn(affine(), binary())
+        deform = affine()  # grey: a threshold would undo a blend
         family = with_variants(family, lambda params, key, x: deform(key, x), (), 1.0, which=("support", "query"))
     return family
 
