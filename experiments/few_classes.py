@@ -8,9 +8,10 @@ report gains of some points on other data where classes are few.
 Protocol: 28x28 binary Omniglot (the binarisation of `omniglot_gmn`), 1200 / 100 / 323 characters at random, alphabets
 mixed, no rotations; the first 50, 100, 200 or all of the training characters, with labels, 20 images each; the VAE of a
 row saw the images of those characters only. Learner: prototypes on 4 stride-2 convolutions of 32 channels, 20-way, 1
-support and 2 query images. "Generated" tasks are made around training images and their codes (share 0.5 of the tasks),
-"interpolated" ones blend two real tasks (share 0.5). Every training has the same CPU time on one core, without
-compiling; 1,000 test tasks of 15 queries a class from the 323; non-transductive.
+support and 2 query images. "Generated" tasks (half of the tasks) are made around training images; their other images
+are all decoded, or, where images are deformed, half of them; "interpolated" ones blend two real tasks (share 0.5).
+Every training has the same CPU time on one core, without compiling; 1,000 test tasks of 15 queries a class from the
+323; non-transductive.
 
     taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/few_classes --seeds 0 1 2  # 35 min each
     taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/quick --quick              # 3 min
@@ -83,8 +84,8 @@ def only(data: build.Parts, classes: int, seed: int) -> build.Parts:
     return data._replace(split=data.split._replace(train=np.sort(order[:classes])))
 
 
-def generated(config: Config, data: build.Parts, images: ImageSet, seed: int) -> TaskFamily:
-    """Return tasks out of the latent space of a VAE of these images; it is trained without labels."""
+def generated(config: Config, data: build.Parts, images: ImageSet, seed: int) -> dict[bool, TaskFamily]:
+    """Return tasks out of the latent space of a VAE of these images, trained without labels; to be deformed, or not."""
     settings = check(
         TrainConfig(
             "joint",
@@ -100,23 +101,19 @@ def generated(config: Config, data: build.Parts, images: ImageSet, seed: int) ->
     params = train_joint(settings, mg.episodes(images, 5, 5), built, config.vae_steps, jax.random.key(seed))
     generator = of_vae(built, LATENTS)
     bank = latent_bank(generator, params, images.images)
-    return latent_tasks(
-        generator,
-        bank,
-        from_images(),
-        others(config.strength),
-        1,
-        config.query,
-        way=config.way,
-        share=config.share,
-    )
+
+    def tasks(share: float) -> TaskFamily:
+        vary = others(config.strength)
+        return latent_tasks(generator, bank, from_images(), vary, 1, config.query, way=config.way, share=share)
+
+    return {True: tasks(config.share), False: tasks(1.0)}
 
 
-def family_of(config: Config, row: str, real: TaskFamily, latent: TaskFamily | None) -> TaskFamily:
+def family_of(config: Config, row: str, real: TaskFamily, latent: dict[bool, TaskFamily] | None) -> TaskFamily:
     """Return the training tasks of a row."""
     family = real
     if "generated" in row and latent is not None:
-        family = mixed(real, latent, config.share)
+        family = mixed(real, latent["deformed" in row], config.share)
     if "interpolated" in row:
         family = mixed(real, interpolated(real, way=config.way), config.share)
     if "deformed" in row:

@@ -100,14 +100,16 @@ def generators(config: Config, kind: str, data: build.Parts, seed: int) -> Any:
     optimizer = build.outer(settings)
     sampler, step = build.meta_step(settings, learner, family, optimizer)
     state = mg.init_state(learner, sampler, optimizer, jax.random.key(seed))
-    generator, began = build.generator(built, LATENTS[kind]), time.process_time()
+    generator, seconds = build.generator(built, LATENTS[kind]), 0.0
     draw = from_prior(LATENTS[kind], apart=separation(LATENTS[kind]))
     vary = others(config.strength, spherical=kind == "gan")
     for epoch, until in zip(epochs, steps, strict=True):
+        began = time.process_time()
         state = mg.train(step, state, family.data, until, chunk=50)
+        seconds += time.process_time() - began  # of the generator alone, compiling included
         bank = latent_bank(generator, jax.tree.map(np.asarray, state.average))  # the state itself is given away
         tasks = latent_tasks(generator, bank, draw, vary, 1, config.query, way=config.way)
-        yield epoch, tasks, time.process_time() - began
+        yield epoch, tasks, seconds
 
 
 def learner_of(config: Config, way: int) -> tuple[mg.Classifier, mg.MetaLearner]:

@@ -248,13 +248,14 @@ def rows_of(config: Config, seed: int, data_dir: str, out: Path, results: dict[s
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table: means over seeds with 95 % intervals of them, or over tasks where there is one seed."""
+    """Return the table: means over seeds with their 95 % intervals (Student's t); of one seed, intervals over tasks."""
 
     def cell(entry: dict[str, Any], condition: str, num: int) -> str:
         found = np.array([seed[condition]["accuracy"][str(num)] for seed in entry.values() if condition in seed])
         if not len(found):
             return "-"
-        half = found[0, 1] if len(found) == 1 else 1.96 * found[:, 0].std(ddof=1) / len(found) ** 0.5
+        students_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[min(max(len(found), 2), 5)]
+        half = found[0, 1] if len(found) == 1 else students_t * found[:, 0].std(ddof=1) / len(found) ** 0.5
         return f"{found[:, 0].mean():.2f} ± {half:.2f}"
 
     asked = results["config"]

@@ -28,7 +28,6 @@ from metagen_jax.config import HEADS, TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.tasks.family import Spec, TaskFamily
-from metagen_jax.tasks.samplers import uniform
 from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
 from metagen_jax.types import Array, Key, LatentVariable, Metrics, Params, Task
 
@@ -95,8 +94,8 @@ def image_gradients(config: TrainConfig) -> int:
     """Return the gradients of images that a meta-step takes, for each task and class, in first derivatives.
 
     K N + Q for K steps on N support and Q query images. A support that is read counts once; the query counts after
-    every step in MAML++, not at all in Reptile; a teacher's steps are on both. Second derivatives, and the products
-    that an implicit gradient takes, are not counted.
+    every step in MAML++, not at all in Reptile; a teacher's steps are on both. Second derivatives, the products that
+    an implicit gradient takes, and what a strategy measures to choose tasks are not counted.
     """
     steps, shots, query = given(config.inner.steps), config.shots[1], config.query
     if config.learner == "joint":
@@ -148,7 +147,8 @@ def train_joint(
         clip=outer.clip,
         momentum=given(outer.momentum),
     )
-    sampler = uniform(family, outer.tasks)
+    lasting = dataclasses.replace(config, outer=dataclasses.replace(outer, steps=num_steps))
+    sampler = build.weighted(lasting, family)
     step = make_step(learner, family, sampler, optimizer, average_decay=outer.average_decay)
     state = init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, begin))
     return train(step, state, family.data, num_steps, on_chunk=on_chunk).average

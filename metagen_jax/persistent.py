@@ -131,7 +131,8 @@ def make_persistent_step(
         directions, particles, per_task = truncate(state.meta, data, slots, task_keys(noise_key, num_tasks))
         finite = _finite((directions, query_losses(per_task)), num_tasks)
         kept = jnp.where(finite, slots.weights, 0.0)
-        scale = slots.weights.sum() / jnp.where(finite.any(), kept.sum(), 1.0)
+        size = jnp.abs(kept).sum()  # weights may be negative, as those of `agreement(drop=False)` are
+        scale = jnp.abs(slots.weights).sum() / jnp.where(size > 0, size, 1.0)
         direction = jax.tree.map(lambda leaf: scale * _weighted_sum(leaf, kept), directions)
         still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
         direction = {name: (direction | still)[name] for name in state.meta}
@@ -200,4 +201,4 @@ def _finite(tree: Any, num_tasks: int) -> Array:
 def _weighted_sum(values: Array, weights: Array) -> Array:
     """Return the sum over tasks, of those with weight only: others may not be finite."""
     weights = _rows(weights, values)
-    return jnp.where(weights > 0, weights * values, 0.0).sum(0)
+    return jnp.where(weights != 0, weights * values, 0.0).sum(0)

@@ -158,7 +158,10 @@ def compiled_memory(config: TrainConfig, training: Training, num_tasks: int, chu
 def with_tasks(config: TrainConfig, num_tasks: int, chunk: Chunk) -> TrainConfig:
     """Return the configuration with another number of tasks, cut into other pieces."""
     outer = dataclasses.replace(config.outer, tasks=num_tasks, task_chunk=num_tasks if chunk == "all" else chunk)
-    return dataclasses.replace(config, outer=outer)
+    choice = config.choice
+    if choice.candidates is not None:  # as many for each task
+        choice = dataclasses.replace(choice, candidates=-(-choice.candidates // config.outer.tasks) * num_tasks)
+    return dataclasses.replace(config, outer=outer, choice=choice)
 
 
 def chunk_of(config: TrainConfig, training: Training) -> Chunk:

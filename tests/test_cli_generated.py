@@ -42,7 +42,7 @@ CLASSIFIER = ("--network.hidden", "8", "--way", "3", "--shots", "1", "2", "--que
 SHORT = ("--outer.steps", "4", "--outer.tasks", "2", "--outer.warmup", "1")
 GENERATIVE = {"learner": "maml", "model": "vae", "way": None}
 STRATEGIES = (
-    *("score_softmax", "hard_buffer", "class_pairs", "worst_case"),
+    *("score_softmax", "hard_buffer", "class_pairs"),
     *("agreement", "greedy_set", "information", "self_paced"),
 )
 
@@ -95,6 +95,7 @@ def test_a_learner_trains_on_real_and_generated_tasks_and_says_so(place, monkeyp
     assert result.code == 0, result.err
     kept = json.loads((out / "config.json").read_text())
     assert kept["generated"]["tasks"] == 0.5
+    assert kept["generated"]["run"] == str(place.vae.resolve())
     assert kept["generated"]["weight"] == [1.0, 0.5]
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
@@ -114,7 +115,13 @@ def test_shares_of_zero_are_the_plain_tasks_and_one_is_unsupervised(place):
     data = build.parts(DataConfig(str(place.data)))
     plain = build.training_tasks(configured(place), data)
     run = str(place.vae)
-    assert isinstance(plain.data, type(build.training_tasks(configured(place), data).data))
+    spec = plain.describe(plain.data, jax.random.key(1))
+    real = build.family(data, "train", (1, 2), 2, model="classifier", way=3)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        plain.make(plain.data, jax.random.key(2), spec),
+        real.make(real.data, jax.random.key(2), spec),
+    )
     mixed = build.training_tasks(configured(place, run=run, tasks=0.5), data)
     assert isinstance(mixed.data, Mixed)
     none = mixed._replace(data=mixed.data._replace(share=jnp.float32(0.0)))
@@ -128,6 +135,23 @@ def test_shares_of_zero_are_the_plain_tasks_and_one_is_unsupervised(place):
     task = alone.make(alone.data, jax.random.key(0), alone.describe(alone.data, jax.random.key(1)))
     assert task.support.x.shape == (6, 28, 28, 1)
     assert task.query.label.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_variants_and_deformations_change_the_images_that_they_should(place):
+    data = build.parts(DataConfig(str(place.data)))
+
+    def task(**generated):
+        family = build.training_tasks(configured(place, **generated), data)
+        return family.make(family.data, jax.random.key(2), family.describe(family.data, jax.random.key(1)))
+
+    plain, varied = task(), task(run=str(place.vae), images=1.0)
+    deformed = task(deform="affine", deformed="all")
+    np.testing.assert_array_equal(plain.support.x, varied.support.x)
+    assert float(jnp.abs(plain.query.x - varied.query.x).max(axis=(1, 2, 3)).min()) > 0.01
+    assert set(np.unique(task(run=str(place.vae), images=1.0, binary=True).query.x)) <= {0.0, 1.0}
+    used = plain.support.weight > 0
+    assert float(jnp.abs(plain.support.x - deformed.support.x).max(axis=(1, 2, 3))[used].min()) > 0.5
+    assert set(np.unique(deformed.query.x)) <= {0.0, 1.0}  # these images are binary
 
 
 @pytest.mark.parametrize("anchors", ["prior", "beyond", "between"])
@@ -148,10 +172,26 @@ def test_every_strategy_proposes_tasks_of_the_family_that_the_step_makes(place, 
     meta = parts.learner.init(jax.random.key(1))
     specs, weights = jax.jit(parts.sampler.propose)(state, parts.family.data, jax.random.key(2), meta)
     np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-5)
-    family = parts.family if strategy in ("class_pairs", "worst_case") else pinned(parts.family)
+    family = parts.family if strategy == "class_pairs" else pinned(parts.family)
     task = family.make(parts.family.data, jax.random.key(3), jax.tree.map(lambda leaf: leaf[0], specs))
     assert task.query.label.tolist() == [0, 0, 1, 1, 2, 2]
     parts.sampler.update(state, specs, jnp.ones(2))
+
+
+def test_the_worst_case_is_of_groups_and_one_group_has_none(place):
+    config = configured(place, "worst_case")
+    data = build.parts(config.data)
+    with pytest.raises(ValueError, match="only one"):
+        build.training(config)
+    images = data.images._replace(groups=tuple("ab"[number % 2] for number in range(data.images.num_classes)))
+    data = data._replace(images=images)
+    built = build.model(config, data.event, data.binary)
+    learner, tasks = build.learner(config, built), build.training_tasks(config, data)
+    family, sampler = build.choice(config, data, built, learner, tasks)
+    specs, weights = sampler.propose(sampler.init(jax.random.key(0)), family.data, jax.random.key(1), {})
+    np.testing.assert_allclose(weights, 0.5, rtol=1e-6)  # it begins uniform
+    state = sampler.update(sampler.init(jax.random.key(0)), specs, jnp.array([5.0, 0.0]))
+    assert float(jnp.abs(state - sampler.init(jax.random.key(0))).max()) > 1e-3
 
 
 def test_strategies_choose_generated_tasks_for_a_generative_model_too(place):
@@ -171,6 +211,17 @@ def test_strategies_choose_generated_tasks_for_a_generative_model_too(place):
         ({"generated": {"anchors": "prior"}}, "about generated tasks"),
         ({"generated": {"run": "x"}}, "would make nothing"),
         ({"generated": {"deformed": "all"}}, "set generated.deform"),
+        ({"generated": {"tasks": 1.0, "run": "x", "images": 0.5}}, "images is about real tasks"),
+        ({"generated": {"tasks": 1.0, "run": "x", "weight": (1, 0)}}, "weight is beside real tasks"),
+        ({"generated": {"tasks": 1.0, "run": "x", "anchors": "beyond", "decoded": 0.5}}, "all decoded"),
+        ({"generated": {"tasks": 1.0, "decoded": 0.0, "strength": 0.1}}, "strength is about what is decoded"),
+        ({"generated": {"images": 0.5, "run": "x", "variation": "others"}}, "variation is about generated tasks"),
+        ({"generated": {"tasks": 1.0, "run": "x", "variation": "others", "strength": 1.5}}, r"\[0, 1\]"),
+        ({**GENERATIVE, "generated": {"tasks": 0.5, "run": "x", "variation": "others", "strength": 0.3}}, "way >= 2"),
+        ({"generated": {"tasks": 0.5, "run": "x"}, "data": DataConfig(rotations=True)}, None),
+        ({"generated": {"tasks": 1.0, "run": "x"}, "data": DataConfig(rotations=True)}, "real tasks"),
+        ({**GENERATIVE, "generated": {"tasks": 0.5, "run": "x"}, "shots": (0, 2)}, "at least one support"),
+        ({**GENERATIVE, "model": "cycle", "choice": {"strategy": "worst_case"}}, "domains"),
         ({"generated": {"strength": -1.0, "tasks": 0.5, "run": "x"}}, "strength"),
         ({"choice": {"candidates": 4}}, "means nothing to uniform"),
         ({"choice": {"strategy": "agreement", "candidates": 1}}, "at least as many"),
@@ -188,6 +239,9 @@ def test_settings_that_cannot_be_are_refused(place, changes, message):
     for name, values in changes.items():
         record = {"generated": GeneratedConfig, "choice": ChoiceConfig}.get(name)
         config = dataclasses.replace(config, **{name: record(**values) if record else values})
+    if message is None:
+        assert check(config) == config
+        return
     with pytest.raises(ValueError, match=message):
         check(config)
 

@@ -6,7 +6,7 @@ import pytest
 from test_cli import command, write_classes
 
 from metagen_jax import build, plan
-from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
+from metagen_jax.config import ChoiceConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.cost import Flops, Memory
 
 SIZE, HIDDEN, LATENTS, CONTEXT = 28, 64, 2, 2
@@ -261,3 +261,10 @@ def test_help_lists_the_settings_of_train_and_its_own():
     for flag in ("--memory-gb", "--time", "--outer.task-chunk", "--network.hidden", "--shots", "LEARNER MODEL"):
         assert flag in result.out
     assert "plan" in command("--help").out
+
+
+def test_more_tasks_have_as_many_candidates_each():
+    config = TrainConfig(outer=OuterConfig(tasks=4), choice=ChoiceConfig("agreement", candidates=10))
+    assert plan.with_tasks(config, 512, "all").choice.candidates == 3 * 512
+    assert plan.with_tasks(config, 4, 2).choice.candidates >= 10
+    assert plan.with_tasks(TrainConfig(), 512, "all").choice == ChoiceConfig()

@@ -1,5 +1,6 @@
 """From a configuration to functions: data and splits, model, learner, outer rule, the meta-step."""
 
+from metagen_jax.build.choice import choice, weighted
 from metagen_jax.build.data import TRANSLATION, Part, Parts, family, pairs_of_domains, parts, specs, take
 from metagen_jax.build.generated import Trained, generator, trained_generator, with_generated
 from metagen_jax.build.learners import dynamics, learner, moving, outer, sgd
@@ -14,6 +15,7 @@ __all__ = [
     "Roles",
     "Trained",
     "Training",
+    "choice",
     "dynamics",
     "family",
     "generator",
@@ -31,5 +33,6 @@ __all__ = [
     "trained_generator",
     "training",
     "training_tasks",
+    "weighted",
     "with_generated",
 ]

@@ -20,7 +20,7 @@ from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.mixing import mixture
 from metagen_jax.tasks.rotations import TURNS
 from metagen_jax.tasks.samplers import Sampler, uniform
-from metagen_jax.types import Array, Params, Task
+from metagen_jax.types import Array, Examples, Key, Metrics, Params, Task
 
 SKETCH = 256  # numbers of a task's direction
 SKETCHED = ("agreement", "greedy_set")
@@ -41,25 +41,36 @@ def choice(
     strategy, num_tasks = config.choice.strategy, config.outer.tasks
     if strategy == "hard_buffer":
         family = pinned(tasks)
-        return family, hard_buffer(family, num_tasks)
+        return family, hard_buffer(family, num_tasks, capacity=max(50, num_tasks // 2))
     if strategy in ("class_pairs", "worst_case"):
         groups = [group for group in take(data, "train").groups for _ in range(TURNS if config.data.rotations else 1)]
         if strategy == "class_pairs":
             return tasks, class_pairs(tasks, num_tasks, len(groups))
-        return tasks, worst_case(tasks, num_tasks, np.unique(groups, return_inverse=True)[1].tolist())
+        ids = np.unique(groups, return_inverse=True)[1]
+        if not ids.any():
+            raise ValueError(
+                f"worst_case weighs groups of classes, alphabets or scripts, and {config.data.source} has only one"
+            )
+        return tasks, worst_case(tasks, num_tasks, ids.tolist())
     embed = None
     if strategy in ("information", "greedy_set"):
         embed = _embedding(built)
     measure = measured(
         built.model.game,
-        learner.adapt,
+        _unadapted if config.learner == "joint" else learner.adapt,
         players=_sketched(config, built) if strategy in SKETCHED else (),
         sketch=SKETCH if strategy in SKETCHED else 0,
         embed=embed,
     )
     family = pinned(tasks)
-    candidates = config.choice.candidates or 2 * num_tasks
-    return family, chosen(family, num_tasks, candidates, measure, _rule(config, built, tasks))
+    candidates, at_a_time = config.choice.candidates or 2 * num_tasks, config.outer.task_chunk
+    chunk = None if at_a_time is None else max(n for n in range(1, at_a_time + 1) if candidates % n == 0)
+    return family, chosen(family, num_tasks, candidates, measure, _rule(config, built, tasks), chunk=chunk)
+
+
+def _unadapted(meta: Params, key: Key, support: Examples) -> tuple[Params, Metrics]:
+    """Joint training adapts to nothing, so its tasks are measured as they are."""
+    return meta, {}
 
 
 def _rule(config: TrainConfig, built: Built, tasks: TaskFamily) -> Rule:

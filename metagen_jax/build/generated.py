@@ -26,9 +26,7 @@ from metagen_jax.tasks.deformations import affine, binary, elastic, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import digest
 from metagen_jax.tasks.mixing import mixed, with_variants
-from metagen_jax.types import Array, Key, Params
-
-VARIATIONS = {"noise": variations.noise, "outsiders": variations.outsiders, "others": variations.others}
+from metagen_jax.types import Params
 
 
 class Trained(NamedTuple):
@@ -36,6 +34,7 @@ class Trained(NamedTuple):
 
     generator: Generator
     params: Params
+    spherical: bool  # its codes lie near a sphere, so that ways between them had better keep to it
 
 
 def generator(built: Built, num_latents: int) -> Generator:
@@ -77,7 +76,13 @@ def trained_generator(folder: str, data: Parts) -> Trained:
     built = model(config, data.event, data.binary)
     target = jax.eval_shape(learner(config, built).init, jax.random.key(0))
     made = generator(built, config.network.latents)
-    return Trained(made, load_meta(path / "meta.npz", target)[0])
+    return Trained(made, load_meta(path / "meta.npz", target)[0], isinstance(built, Gan))
+
+
+def binary_images(generator: Generator) -> Generator:
+    """Return the generator whose images are zeros and ones, as those of binary data are; pixels get no gradient."""
+    threshold = binary()
+    return generator._replace(decode=lambda params, code: threshold(jax.random.key(0), generator.decode(params, code)))
 
 
 def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFamily:
@@ -86,6 +91,8 @@ def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFa
     if not (made.tasks or made.images or made.deform != "none"):
         return real
     trained = None if made.run is None else trained_generator(made.run, data)
+    if trained is not None and made.binary:
+        trained = trained._replace(generator=binary_images(trained.generator))
     family = real
     if trained is not None and made.images:
         vary = perturbed(trained.generator, made.strength)
@@ -103,12 +110,16 @@ def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFa
 
 def _latent_family(config: TrainConfig, data: Parts, trained: Trained | None) -> TaskFamily:
     made, images = config.generated, take(data, "train").images
-    variation = VARIATIONS[made.variation](made.strength)
+    spherical = trained is not None and trained.spherical
+    variation = {
+        "noise": lambda: variations.noise(made.strength),
+        "outsiders": lambda: variations.outsiders(made.strength, spherical=spherical),
+        "others": lambda: variations.others(made.strength, spherical=spherical),
+    }[made.variation]()
     shape: dict[str, Any] = {"way": given(config.way), "share": made.decoded}
     if trained is None:
-        nothing = Generator(_no_generator, _no_generator, 1)
         bank = image_bank(images)
-        return latent_tasks(nothing, bank, anchors.from_images(), variation, config.shots, config.query, **shape)
+        return latent_tasks(None, bank, anchors.from_images(), variation, config.shots, config.query, **shape)
     num_latents = trained.generator.num_latents
     apart = anchors.separation(num_latents)
     draw = {
@@ -120,7 +131,3 @@ def _latent_family(config: TrainConfig, data: Parts, trained: Trained | None) ->
     of_images = None if made.anchors == "prior" else images
     bank = latent_bank(trained.generator, trained.params, of_images)
     return latent_tasks(trained.generator, bank, draw, variation, config.shots, config.query, **shape)
-
-
-def _no_generator(*arguments: Params | Key | Array) -> Array:
-    raise ValueError("there is no generator here, so nothing can be decoded; give generated.run")

@@ -36,7 +36,16 @@ from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.interval import over_classes
 from metagen_jax.models.vae import Vae
 from metagen_jax.progress import Progress
-from metagen_jax.run_directory import RunDirectory, append, check_free, create, next_path, point_latest, read_metrics
+from metagen_jax.run_directory import (
+    RunDirectory,
+    append,
+    check_free,
+    create,
+    find,
+    next_path,
+    point_latest,
+    read_metrics,
+)
 from metagen_jax.train import TrainState, init_state, train
 from metagen_jax.types import Metrics, Params
 
@@ -101,8 +110,11 @@ def config_of(arguments: Train) -> TrainConfig:
     """Return the configuration that the arguments ask for, unchecked."""
     a = arguments
     data = DataConfig(a.data, a.data_dir, a.split, a.hold_out, a.size, a.symmetries, a.rotations)
+    generated = a.generated
+    if generated.run is not None:  # not `latest`, which will soon be another one
+        generated = dataclasses.replace(generated, run=str(find(generated.run).path))
     return TrainConfig(
-        *(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.generated, a.choice),
+        *(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, generated, a.choice),
         *(a.shots, a.query, a.way, a.seed),
     )
 

@@ -1,6 +1,7 @@
 """Refusing what cannot be run, before anything is built: every message says what is off and what there is."""
 
 import dataclasses
+import math
 
 from metagen_jax.config.defaults import given, resolve
 from metagen_jax.config.names import ALL_GAMES, INNER_READ, LEARNERS, MEASURED, MODELS, READS, known
@@ -88,15 +89,32 @@ def _check_generated(config: TrainConfig) -> None:
     for name in ("tasks", "images", "decoded"):
         if not 0 <= (share := getattr(made, name)) <= 1:
             raise ValueError(f"generated.{name} is a share, in [0, 1]; got {share}")
-    if not (made.strength >= 0 and min(made.weight) >= 0):
-        raise ValueError(f"generated.strength and weight must be at least 0, got {made.strength} and {made.weight}")
+    most = math.inf if made.variation == "noise" else 1.0
+    if not 0 <= made.strength <= most or math.isinf(made.strength):
+        raise ValueError(f"generated.strength of {made.variation} must lie in [0, {most:g}], got {made.strength}")
+    if not min(made.weight) >= 0:
+        raise ValueError(f"generated.weight must be at least 0, got {made.weight}")
+    decodes = made.tasks > 0 and (made.decoded > 0 or made.anchors != "images")
+    of_tasks, unread = ("anchors", "variation", "decoded", "weight"), []
     if made.tasks == 0:
-        unread = [name for name in ("anchors", "decoded", "weight") if getattr(made, name) != getattr(plain, name)]
-        if unread:
-            raise ValueError(
-                f"generated.{unread[0]} is about generated tasks, and there are none; set generated.tasks above 0"
-            )
-    needs_generator = made.images > 0 or (made.tasks > 0 and (made.decoded > 0 or made.anchors != "images"))
+        unread += [(name, "is about generated tasks; set generated.tasks above 0") for name in of_tasks]
+    elif made.tasks == 1:
+        unread += [("weight", "is beside real tasks, and with generated.tasks=1 there are none")]
+        unread += [("images", "is about real tasks, and with generated.tasks=1 there are none")]
+        if config.data.rotations or config.data.symmetries:
+            raise ValueError("rotations and symmetries are of real tasks, and with generated.tasks=1 there are none")
+    if made.anchors not in ("images", plain.anchors):
+        unread += [("decoded", f"is about anchors that are images; those of {made.anchors!r} are all decoded")]
+    if not (decodes or made.images > 0):
+        unread += [(name, "is about what is decoded, and nothing is") for name in ("strength", "variation", "binary")]
+    for name, why in unread:
+        if getattr(made, name) != getattr(plain, name):
+            raise ValueError(f"generated.{name} {why}")
+    if made.tasks > 0 and config.shots[0] < 1:
+        raise ValueError(f"a generated class has at least one support image, got shots={config.shots}")
+    if made.tasks > 0 and given(config.way) < 2 and (made.variation == "others" or made.anchors == "beyond"):
+        raise ValueError("generated.variation others and anchors beyond need another class in a task, so way >= 2")
+    needs_generator = made.images > 0 or decodes
     if needs_generator and made.run is None:
         raise ValueError(
             "generated data need a generator: train one, `metagen train joint vae ...`, and give its folder as "
@@ -136,8 +154,11 @@ def _check_choice(config: TrainConfig) -> None:
         raise ValueError(f"generated.weight needs tasks that are drawn uniformly; {choice.strategy} weighs them itself")
     if choice.strategy in ("class_pairs", "worst_case") and made.tasks:
         raise ValueError(f"{choice.strategy} knows tasks by their classes, and generated ones have none")
-    if choice.strategy in ("class_pairs", "worst_case") and config.data.source == "strokes":
-        raise ValueError(f"{choice.strategy} remembers classes, and procedural strokes never come twice")
+    if choice.strategy in ("class_pairs", "worst_case") and (
+        config.data.source == "strokes" or config.model == "cycle"
+    ):
+        what = "procedural strokes never come twice" if config.data.source == "strokes" else "domains are none"
+        raise ValueError(f"{choice.strategy} remembers classes, and {what}")
     if choice.strategy == "class_pairs" and given(config.way) < 2:
         raise ValueError("class_pairs needs tasks of at least two classes, a classifier's")
     if choice.strategy == "information" and config.model not in ("classifier", "vae"):

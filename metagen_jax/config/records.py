@@ -196,6 +196,8 @@ class GeneratedConfig:
     image once more (which wants deform)"""
     images: float = 0.0
     """share of the query images of real tasks that are replaced by decoded variants of themselves"""
+    binary: bool = False
+    """decode zeros and ones instead of grey means, for data that are binary"""
     deform: Literal["none", "affine", "elastic"] = "none"
     """random deformation of training images: affine maps, or bending and affine maps; binary images stay binary"""
     deformed: Literal["query", "all"] = "query"

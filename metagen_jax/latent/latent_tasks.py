@@ -52,12 +52,12 @@ def latent_bank(
 
 
 def image_bank(images: np.ndarray) -> LatentBank:
-    """Return images [M, H, W, C] uint8 without codes, for tasks of which nothing is decoded (share 0)."""
+    """Return images [M, H, W, C] uint8 without codes, for tasks that have no generator."""
     return LatentBank({}, jnp.zeros((len(images), 1)), jnp.asarray(images))
 
 
 def latent_tasks(
-    generator: Generator,
+    generator: Generator | None,
     bank: LatentBank,
     anchors: Draw,
     variation: Vary,
@@ -73,7 +73,7 @@ def latent_tasks(
     """Return the family of `way`-way tasks made around anchors.
 
     Args:
-        generator: decodes, and has encoded the bank.
+        generator: decodes, and has encoded the bank; None where nothing is decoded (share 0, anchors that are images).
         bank: of `latent_bank`; the family's data.
         anchors: of `metagen_jax.latent.anchors`.
         variation: of `metagen_jax.latent.variations`.
@@ -100,6 +100,8 @@ def latent_tasks(
         raise ValueError(f"expected at least one shot, query and way, got {shot=}, {query=}, {way=}")
     if not 0 <= share <= 1 or augmented not in ("query", "all"):
         raise ValueError(f"expected a share in [0, 1] and 'query' or 'all', got {share} and {augmented!r}")
+    if generator is None and (share != 0 or as_codes):
+        raise ValueError(f"without a generator nothing can be decoded, so the share must be 0; got {share}")
     if as_codes and (share != 1 or augment is not None):
         raise ValueError("a task of codes is decoded whole by its learner; leave share and augment out")
     slots = high + query
@@ -118,7 +120,7 @@ def latent_tasks(
         drawn, codes = codes_of(data, vary_key, spec)
         if as_codes:
             return _task(codes, high, num_shots)
-        if share == 0 and data.images.shape[0]:
+        if generator is None:
             real = _real(data, drawn.rows)
             x = jnp.broadcast_to(real[:, None], (way, slots, *real.shape[1:]))
         else:

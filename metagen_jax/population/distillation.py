@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metagen_jax.games import vector_field
+from metagen_jax.games import GradientField, vector_field
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.meta.outer import TaskGame
 from metagen_jax.models.weighted import weighted_mean
@@ -58,9 +58,11 @@ def distilled(
         meta-parameters with teachers and without.
 
     Raises:
-        ValueError: a share outside [0, 1] or a temperature that is not positive; when called, meta-parameters
-            without teachers.
+        ValueError: a share outside [0, 1] or a temperature that is not positive; a student whose field is none of a
+            game over tasks (Reptile, joint); when called, meta-parameters without teachers.
     """
+    if not isinstance(student.field, GradientField) or not isinstance(student.field.game, TaskGame):
+        raise ValueError("a student learns by a field of a game over tasks; reptile, joint and the like have none")
     if not 0 <= share <= 1 or not temperature > 0:
         raise ValueError(f"expected a share in [0, 1] and a positive temperature, got {share} and {temperature}")
 
@@ -88,7 +90,7 @@ def distilled(
         followed = {name: player_of(name, losses) for name in without_teachers(meta)}
         return followed, {**metrics, **more, **{f"support/{name}": value for name, value in trace.items()}}
 
-    return MetaLearner(student.init, adapt, vector_field(TaskGame(play, adapt)), path)
+    return MetaLearner(student.init, adapt, vector_field(TaskGame(play, adapt), student.field.players), path)
 
 
 def divergences(log_q: Array, logits: Array, temperature: float) -> Array:

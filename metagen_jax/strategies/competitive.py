@@ -34,8 +34,9 @@ def score_softmax(temperature: float = 1.0, *, mix: float = 0.2, reweigh: bool =
     Args:
         temperature: in deviations of the candidates' losses; infinite for uniform draws, towards 0 for the T hardest.
         mix: share of uniform draws, in [0, 1].
-        reweigh: weights in inverse proportion to how likely a task was drawn, so that the direction is that of uniform
-            draws, with another variance, in the place of equal weights.
+        reweigh: weights in inverse proportion to how likely a task was drawn, in the place of equal weights, so that
+            the direction is that of uniform draws in the limit of many tasks; of T tasks, dividing by the sum of the
+            weights leaves a bias of order 1/T towards hard ones, and of one task nothing is corrected.
 
     Raises:
         ValueError: a temperature that is not positive, a share outside [0, 1].

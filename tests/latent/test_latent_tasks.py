@@ -7,7 +7,7 @@ import pytest
 
 from metagen_jax.adapt.starts import fixed
 from metagen_jax.latent.adversarial import TASK_GENERATOR, on_codes
-from metagen_jax.latent.anchors import from_images, from_prior
+from metagen_jax.latent.anchors import extrapolated, from_images, from_prior, midpoints
 from metagen_jax.latent.generator import Generator
 from metagen_jax.latent.latent_tasks import image_bank, latent_bank, latent_tasks
 from metagen_jax.latent.variations import noise, others
@@ -30,10 +30,10 @@ PARAMS = {"gain": jnp.array(2.0)}
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, SIDE, SIDE, 1), dtype=np.uint8)
 
 
-def family(anchors=None, variation=None, *, images=IMAGES, shot=2, query=3, way=3, **options):
+def family(anchors=None, variation=None, *, images=IMAGES, shot=2, query=3, way=3, generator=IDENTITY, **options):
     bank = latent_bank(IDENTITY, PARAMS, images, chunk=5)
     anchors = (from_prior(LATENTS) if images is None else from_images()) if anchors is None else anchors
-    return latent_tasks(IDENTITY, bank, anchors, variation or noise(0.5), shot, query, way=way, **options)
+    return latent_tasks(generator, bank, anchors, variation or noise(0.5), shot, query, way=way, **options)
 
 
 def task_of(made, spec=0, key=1):
@@ -103,6 +103,15 @@ def test_anchors_of_the_prior_are_decoded_whatever_the_share():
     assert np.abs(support).max() > 1  # not an image of the bank
 
 
+@pytest.mark.parametrize("rule", [extrapolated, midpoints])
+def test_classes_that_are_no_images_are_decoded_whatever_the_share(rule):
+    support, query = by_class(task_of(family(rule(from_images()), noise(0.0), share=0.0)))
+    np.testing.assert_allclose(query, np.broadcast_to(support[:, :1], query.shape), rtol=1e-6)
+    assert len(np.unique(support[:, 0].round(6), axis=0)) == 3
+    known = (IMAGES / 255.0).astype(np.float32)
+    assert min(np.abs(known - image).max((1, 2, 3)).min() for image in support[:, 0]) > 1e-3
+
+
 def test_only_what_is_asked_for_is_augmented():
     def add(key, x):
         return x + 100.0
@@ -126,7 +135,7 @@ def test_shots_of_a_range_are_drawn_and_the_rest_is_padding():
 
 
 def test_images_without_codes_are_repeated_and_augmented():
-    made = latent_tasks(IDENTITY, image_bank(IMAGES), from_images(), noise(0.0), 1, 2, way=3, share=0.0)
+    made = latent_tasks(None, image_bank(IMAGES), from_images(), noise(0.0), 1, 2, way=3, share=0.0)
     support, query = by_class(task_of(made))
     np.testing.assert_array_equal(query, np.broadcast_to(support, query.shape))
 
@@ -141,6 +150,7 @@ def test_images_without_codes_are_repeated_and_augmented():
         ({"augmented": "support"}, "'query' or 'all'"),
         ({"as_codes": True, "share": 0.5}, "codes"),
         ({"as_codes": True, "augment": affine()}, "codes"),
+        ({"generator": None}, "share must be 0"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong, message):
