@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan
 from metagen_jax.models.gan import Gan
-from metagen_jax.models.vae import Vae, prior_sample, prior_whitened
+from metagen_jax.models.vae import Vae, prior_in_use, prior_sample, prior_whitened
 from metagen_jax.types import Array, Params
 
 
@@ -38,11 +38,11 @@ def of_vae(built: Vae, num_latents: int) -> Generator:
     """
 
     def decode(params: Params, code: Array) -> Array:
-        return built.latent.decode(params, prior_sample(built.prior(params), code))
+        return built.latent.decode(params, prior_sample(prior_in_use(params), code))
 
     def encode(params: Params, x: Array, noise: Array) -> Array:
         mean, log_scale = built.latent.encode(params, x)
-        return prior_whitened(built.prior(params), mean + jnp.exp(log_scale) * noise)
+        return prior_whitened(prior_in_use(params), mean + jnp.exp(log_scale) * noise)
 
     return Generator(decode, encode, num_latents)
 

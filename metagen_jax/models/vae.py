@@ -24,7 +24,6 @@ All of them share one loss. Sources: Kingma & Welling, Auto-Encoding Variational
 Context Adaptation via Meta-Learning, 2019 and Dupont et al., From Data to Functa, 2022 (context and modulations).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,7 +48,6 @@ class Vae(NamedTuple):
 
     model: Model
     latent: LatentVariable
-    prior: Callable[[Params], ArrayTree]  # params -> the prior that is used, the context's part in it included
 
 
 def vae(
@@ -151,7 +149,15 @@ def vae(
     )
     gated = (STRUCTURE,) if has_gates(encoder) or has_gates(decoder) else ()
     players = (*(WITH_CONTEXT if context else PLAYERS), *gated)
-    return Vae(Model(init, cooperative(loss, players), sample), latent, lambda params: moved(params)["prior"])
+    return Vae(Model(init, cooperative(loss, players), sample), latent)
+
+
+def prior_in_use(params: Params) -> ArrayTree:
+    """Return the prior of these parameters with the context's part in it, where there is one."""
+    if "context" not in params:
+        return params["prior"]
+    shift = moved_by(params["context"], params["maps"])["prior"]
+    return params["prior"] | jax.tree.map(jnp.add, _location(params["prior"]), shift)
 
 
 def prior_log_density(prior: ArrayTree, z: Array) -> Array:

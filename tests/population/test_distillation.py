@@ -146,8 +146,8 @@ def test_teachers_have_noise_of_their_own():
     def certain(noise):  # log p of two classes, of one query
         return jnp.stack([noise, 0.0 * noise])[None]
 
-    student = mg.MetaLearner(lambda key: {"x": jnp.ones(())}, adapt, None)
-    model = mg.Model(student.init, game, None)
+    model = mg.Model(lambda key: {"x": jnp.ones(())}, game, None)
+    student = mg.MetaLearner(model.init, adapt, mg.through(game, adapt))
     learner = distilled(
         student, model, lambda params, x: jnp.zeros((1, 2)), lambda teachers, key, task: certain(jax.random.normal(key))
     )
