@@ -38,6 +38,7 @@ from metagen_jax.latent.anchors import from_images
 from metagen_jax.latent.generator import of_vae
 from metagen_jax.latent.latent_tasks import latent_bank, latent_tasks
 from metagen_jax.latent.variations import others
+from metagen_jax.metrics.interval import over_seeds
 from metagen_jax.report import table
 from metagen_jax.tasks.deformations import affine
 from metagen_jax.tasks.family import TaskFamily
@@ -170,10 +171,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    students_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[min(len(values), 5)]
-    return f"{np.mean(values):.1f} ± {students_t * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+    mean, half = over_seeds(values) if values else (np.nan, np.nan)
+    return "-" if not values else f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {half:.1f}"
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ from metagen_jax.baselines import train_joint
 from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import DataConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
+from metagen_jax.metrics.interval import over_seeds
 from metagen_jax.models.networks import conv_features, num_features_of
 from metagen_jax.models.refined_heads import soft_kmeans
 from metagen_jax.report import table
@@ -254,8 +255,7 @@ def markdown(results: dict[str, Any]) -> str:
         found = np.array([seed[condition]["accuracy"][str(num)] for seed in entry.values() if condition in seed])
         if not len(found):
             return "-"
-        students_t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[min(max(len(found), 2), 5)]
-        half = found[0, 1] if len(found) == 1 else students_t * found[:, 0].std(ddof=1) / len(found) ** 0.5
+        half = found[0, 1] if len(found) == 1 else over_seeds(found[:, 0].tolist())[1]
         return f"{found[:, 0].mean():.2f} ± {half:.2f}"
 
     asked = results["config"]

@@ -43,13 +43,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
 
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.build.data import take
 from metagen_jax.config import DataConfig
 from metagen_jax.evaluate_labels import accuracy_curve
+from metagen_jax.metrics.interval import over_seeds
 from metagen_jax.models.networks import conv_features, num_features_of
 from metagen_jax.report import table
 from metagen_jax.strategies.candidates import Rule, chosen, measured, pinned
@@ -189,8 +189,8 @@ def interval(values: list[float]) -> str:
     """Return the mean of several seeds and half the width of its 95 % interval."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
+    mean, half = over_seeds(values)
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def markdown(results: dict) -> str:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from metagen_jax.metrics.interval import over_classes
+from metagen_jax.metrics.interval import over_classes, over_seeds
 
 
 def test_the_interval_has_the_width_of_normal_theory_for_many_classes():
@@ -38,3 +38,18 @@ def test_anything_but_one_value_for_each_of_several_classes_is_refused(values):
 def test_a_class_that_diverged_is_an_error_and_not_left_out():
     with pytest.raises(ValueError, match="2 of 4 classes have a value that is not finite"):
         over_classes(np.array([1.0, np.nan, 2.0, -np.inf]))
+
+
+def test_the_interval_over_seeds_covers_the_true_mean_as_often_as_it_says():
+    draws = np.random.default_rng(2).normal(3.0, 2.0, size=(4000, 3))
+    covered = np.mean([abs(mean - 3.0) <= half for mean, half in map(over_seeds, draws)])
+    assert abs(covered - 0.95) < 0.012
+
+
+def test_one_seed_has_no_interval_and_none_is_refused():
+    mean, half = over_seeds([4.0])
+    assert mean == 4.0
+    assert np.isnan(half)
+    for wrong in ([], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="finite value"):
+            over_seeds(wrong)
