@@ -26,7 +26,7 @@ def affine(*, rotate: float = 10.0, scale: float = 0.3, shear: float = 0.3, shif
     """Return the function (key, x [N, H, W, C]) -> randomly moved images of the same shape.
 
     The defaults did best among a dozen on validation characters of Omniglot at 28x28 pixels, in unsupervised 5-way
-    1-shot accuracy: large shifts matter most, larger turns than these harm.
+    1-shot accuracy: half these scales, shears and a third of the shift cost nine points, turns of 30 degrees five.
 
     Args:
         rotate: largest angle in degrees, either way.
