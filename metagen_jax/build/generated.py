@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from metagen_jax.build.data import Parts, take
 from metagen_jax.build.learners import learner
@@ -26,7 +27,7 @@ from metagen_jax.tasks.deformations import affine, binary, elastic, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import digest
 from metagen_jax.tasks.mixing import mixed, with_variants
-from metagen_jax.types import Params
+from metagen_jax.types import Array, Params
 
 
 class Trained(NamedTuple):
@@ -81,8 +82,11 @@ def trained_generator(folder: str, data: Parts) -> Trained:
 
 def binary_images(generator: Generator) -> Generator:
     """Return the generator whose images are zeros and ones, as those of binary data are; pixels get no gradient."""
-    threshold = binary()
-    return generator._replace(decode=lambda params, code: threshold(jax.random.key(0), generator.decode(params, code)))
+
+    def decode(params: Params, code: Array) -> Array:
+        return (generator.decode(params, code) > 0.5).astype(jnp.float32)
+
+    return generator._replace(decode=decode)
 
 
 def with_generated(config: TrainConfig, data: Parts, real: TaskFamily) -> TaskFamily:
