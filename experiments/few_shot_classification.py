@@ -33,7 +33,7 @@ from metagen_jax import build
 from metagen_jax.config import HEADS, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check, given
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.report import table
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 from metagen_jax.train import TrainState
 from metagen_jax.types import Metrics
 
@@ -116,8 +116,7 @@ def configured(config: Config, row: str, way: int, num_steps: int, data_dir: str
 def load(data_dir: str) -> build.Parts:
     """Return the data with the split of the protocol."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
-    total = data.images.num_classes
-    return data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    return data._replace(split=by_count(data.images, 0, validation=100, test=323))
 
 
 def train(config: Config, row: str, way: int, data: build.Parts, data_dir: str) -> tuple[mg.Params, dict[str, float]]:

@@ -59,7 +59,7 @@ from metagen_jax.population.racing import halving, member_steps, race, survivors
 from metagen_jax.population.traits import following
 from metagen_jax.population.widths import masked_conv_features
 from metagen_jax.report import table
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 
 WAY = 5
 SHOTS = (1, 5)
@@ -96,8 +96,7 @@ class Data:
 def load(data_dir: str) -> Data:
     """Return the tasks of the protocol."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
-    total = data.images.num_classes
-    data = data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    data = data._replace(split=by_count(data.images, 0, validation=100, test=323))
     return Data(
         build.family(data, "train", (1, 5), 5, rotations=True, model="classifier", way=WAY),
         build.family(data, "validation", (1, 5), 5, model="classifier", way=WAY),

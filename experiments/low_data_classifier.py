@@ -55,7 +55,7 @@ from metagen_jax.models.classifier import classifier
 from metagen_jax.models.networks import conv_features, num_features_of
 from metagen_jax.report import Column, adaptation_strip, save, table
 from metagen_jax.tasks.deformations import affine
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 from metagen_jax.types import Array, Examples, Key, Params
 
 WAY, MOST, TEST_IMAGES = 20, 15, 5
@@ -114,8 +114,7 @@ def configured(config: Config, learner: str, num_steps: int, data_dir: str, seed
 def load(data_dir: str) -> build.Parts:
     """Return the data with the split of the protocol."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
-    total = data.images.num_classes
-    return data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    return data._replace(split=by_count(data.images, 0, validation=100, test=323))
 
 
 def train(settings: TrainConfig, data: build.Parts, begin: Params) -> Params:

@@ -56,7 +56,7 @@ from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.partly_labelled import hidden_labels, partly_labelled, with_unlabelled
 from metagen_jax.tasks.rotations import with_rotations
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 from metagen_jax.train import TrainState
 from metagen_jax.types import Array, Key, Metrics, Params, Task
 
@@ -105,8 +105,7 @@ def load(data_dir: str) -> tuple[build.Parts, ImageSet, ImageSet]:
     """Return the data with the split of the protocol, and turned classes of training and test."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
     assert data.images is not None
-    total = data.images.num_classes
-    data = data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    data = data._replace(split=by_count(data.images, 0, validation=100, test=323))
     return data, with_rotations(build.take(data, "train")), with_rotations(build.take(data, "test"))
 
 

@@ -57,7 +57,7 @@ from metagen_jax.strategies.competitive import class_pairs, hard_buffer, score_s
 from metagen_jax.strategies.cooperative import agreement, greedy_set, information
 from metagen_jax.strategies.curriculum import self_paced
 from metagen_jax.tasks.noisy import with_wrong_labels
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 from metagen_jax.types import Metrics
 
 STRATEGIES = (
@@ -95,8 +95,7 @@ class Config:
 def load(data_dir: str) -> build.Parts:
     """Return the data with the split of the protocol."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
-    total = data.images.num_classes
-    return data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    return data._replace(split=by_count(data.images, 0, validation=100, test=323))
 
 
 def training_tasks(config: Config, condition: str, data: build.Parts, seed: int) -> tuple[mg.TaskFamily, int]:

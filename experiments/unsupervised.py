@@ -54,7 +54,7 @@ from metagen_jax.report import table
 from metagen_jax.tasks.deformations import affine, binary, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.mixing import with_variants
-from metagen_jax.tasks.splits import by_class
+from metagen_jax.tasks.splits import by_count
 from metagen_jax.train import TrainState
 from metagen_jax.types import Metrics, Params
 
@@ -168,8 +168,7 @@ def load(data_dir: str) -> build.Parts:
     """Return the data with the split of the protocol."""
     data = build.parts(DataConfig("omniglot_gmn", data_dir))
     assert data.images is not None
-    total = data.images.num_classes
-    return data._replace(split=by_class(data.images, 0, validation=100 / total, test=323 / total))
+    return data._replace(split=by_count(data.images, 0, validation=100, test=323))
 
 
 def material(config: Config, data: build.Parts, data_dir: str, path: Path, seed: int) -> Material:

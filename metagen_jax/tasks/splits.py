@@ -71,16 +71,26 @@ def by_class(images: ImageSet, seed: int, *, validation: float = 0.1, test: floa
     num = images.num_classes
     num_test = max(1, round(test * num))
     num_validation = max(1, round(validation * num)) if validation > 0 else 0
-    if num_test + num_validation >= num:
-        raise ValueError(
-            f"{images.name} has {num} classes: {num_test} for testing and {num_validation} for validation leave none "
-            "to train on; ask for smaller shares or use more classes"
-        )
-    part = np.zeros(num, int)
-    order = np.random.default_rng(seed).permutation(num)
-    part[order[:num_test]] = 2
-    part[order[num_test : num_test + num_validation]] = 1
+    part = _at_random(images, seed, num_validation, num_test)
     return _split(images, part, f"class: seed {seed}, validation {validation:g}, test {test:g}")
+
+
+def by_count(images: ImageSet, seed: int, *, validation: int, test: int) -> Split:
+    """Hold out so many classes at random; 100 and 323 of Omniglot's 1,623 characters are a protocol of many articles.
+
+    Args:
+        images: the source.
+        seed: of the shuffle, the same as in `by_class`.
+        validation: classes held out for choosing settings; may be 0.
+        test: classes held out for testing, at least one.
+
+    Raises:
+        ValueError: a number that is none, or too few classes for them.
+    """
+    if validation < 0 or test < 1:
+        raise ValueError(f"expected at least 0 classes for validation and 1 for testing, got {validation} and {test}")
+    part = _at_random(images, seed, validation, test)
+    return _split(images, part, f"class: seed {seed}, {validation} for validation, {test} for testing")
 
 
 def canonical(images: ImageSet) -> Split:
@@ -152,6 +162,21 @@ def read(path: Path | str, images: ImageSet) -> Split:
     for number, name in enumerate(PARTS):
         part[[index[listed_name] for listed_name in names[name]]] = number
     return _split(images, part, kind)
+
+
+def _at_random(images: ImageSet, seed: int, num_validation: int, num_test: int) -> np.ndarray:
+    """Return the part of each class [C]: 0 trains, 1 validates, 2 tests."""
+    num = images.num_classes
+    if num_test + num_validation >= num:
+        raise ValueError(
+            f"{images.name} has {num} classes: {num_test} for testing and {num_validation} for validation leave none "
+            "to train on; ask for smaller shares or use more classes"
+        )
+    part = np.zeros(num, int)
+    order = np.random.default_rng(seed).permutation(num)
+    part[order[:num_test]] = 2
+    part[order[num_test : num_test + num_validation]] = 1
+    return part
 
 
 def _split(images: ImageSet, part: np.ndarray, kind: str) -> Split:

@@ -5,7 +5,7 @@ import pytest
 
 from metagen_jax.tasks.image_set import image_set
 from metagen_jax.tasks.sources.omniglot import CANONICAL_INDEX
-from metagen_jax.tasks.splits import by_class, by_group, canonical, default, read, write
+from metagen_jax.tasks.splits import by_class, by_count, by_group, canonical, default, read, write
 
 
 def named(names, groups, source="some"):
@@ -41,6 +41,18 @@ def test_by_class_is_a_partition_of_the_shares_asked_and_repeats():
     assert [len(part) for part in split[:3]] == [13, 2, 5]
     again, other = by_class(letters(), 3, validation=0.1, test=0.25), by_class(letters(), 4, validation=0.1, test=0.25)
     assert again.digest == split.digest != other.digest
+
+
+def test_by_count_holds_out_the_classes_of_the_same_shares():
+    images = letters()
+    num = images.num_classes
+    counted, shared = by_count(images, 3, validation=2, test=5), by_class(images, 3, validation=2 / num, test=5 / num)
+    for part in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(counted, part), getattr(shared, part))
+    assert (len(counted.validation), len(counted.test)) == (2, 5)
+    for wrong in ({"validation": -1, "test": 1}, {"validation": 0, "test": 0}, {"validation": 0, "test": num}):
+        with pytest.raises(ValueError, match="test"):
+            by_count(images, 0, **wrong)
 
 
 @pytest.mark.parametrize("make", [lambda i: by_class(i, 0), lambda i: by_group(i, test=["g2"])])
