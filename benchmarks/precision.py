@@ -108,7 +108,7 @@ def trained(precision: str, seed: int, joint_steps: int, meta_steps: int, num_cl
     seconds = time.process_time() - begin
     specs = jax.vmap(unseen.describe, in_axes=(None, 0))(unseen.data, jax.random.split(jax.random.key(7), num_classes))
     key = jax.random.key(8)
-    curve = adaptation_curve(learner.path, model.latent, unseen, state.average, specs, key, steps=(5,), num_samples=50)
+    curve = adaptation_curve(learner.path, model.density, unseen, state.average, specs, key, steps=(5,), num_samples=50)
     return Trained(np.asarray(curve.elbo)[:, -1], kl[-1], seconds)
 
 

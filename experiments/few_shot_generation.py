@@ -138,7 +138,7 @@ def measure(settings: TrainConfig, config: Config, data: build.Parts, judges: An
     specs, key = build.specs(data, "test", config.classes), jax.random.key(7)
     if settings.model == "vae":
         curve = adaptation_curves(
-            learner.path, built.latent, family, steps=EVALUATED, num_samples=config.num_samples, task_chunk=10
+            learner.path, built.density, family, steps=EVALUATED, num_samples=config.num_samples, task_chunk=10
         )(meta, specs, key)
         values = {"iwae": -curve.iwae, "elbo": -curve.elbo}
     else:

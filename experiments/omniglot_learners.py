@@ -115,7 +115,7 @@ def score(config: Config, run: TrainConfig, data: build.Parts, meta: mg.Params) 
         family = build.family(data, "test", shots, config.query)
         curve = adaptation_curve(
             learner.path,
-            model.latent,
+            model.density,
             family,
             meta,
             specs,
@@ -196,7 +196,7 @@ def main() -> None:
         model = build.model(base, data.event, data.binary)
         curve = adaptation_curve(
             build.learner(joint, model).path,
-            model.latent,
+            model.density,
             build.family(data, "test", 5, config.query),
             start[0],
             build.specs(data, "test", config.classes),

@@ -43,6 +43,7 @@ from metagen_jax.tasks.translation import translation
 from metagen_jax.train import Divergence, TrainState, init_state, make_step, outer_optimizer, run_chunk, train
 from metagen_jax.types import (
     Adapt,
+    Density,
     Examples,
     Field,
     Game,
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapt",
     "Classifier",
+    "Density",
     "Divergence",
     "Examples",
     "Field",

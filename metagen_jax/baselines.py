@@ -29,7 +29,7 @@ from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
-from metagen_jax.types import Array, Key, LatentVariable, Metrics, Params, Task
+from metagen_jax.types import Array, Density, Key, Metrics, Params, Task
 
 Optimizer = Literal["sgd", "adam"]
 RULE = "rule"
@@ -179,9 +179,9 @@ def with_rule(params: Params, rule: Rule) -> Params:
     return {**params, RULE: {name: moving if name == rule.optimizer else still for name in get_args(Optimizer)}}
 
 
-def elbo_score(latent: LatentVariable, num_samples: int = NUM_SAMPLES) -> Score:
+def elbo_score(density: Density, num_samples: int = NUM_SAMPLES) -> Score:
     """Return the function (params, key, task) -> mean ELBO of the task's query, nats per image."""
-    estimate = bounds(latent, num_samples)
+    estimate = bounds(density, num_samples)
 
     def score(params: Params, key: Key, task: Task) -> Array:
         elbo, _ = estimate(params, key, task.query.x)

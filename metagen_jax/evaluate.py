@@ -14,7 +14,7 @@ import numpy as np
 from metagen_jax.metrics.exemplar import Exemplars, exemplar_log_likelihood
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.tasks.family import Spec, TaskFamily
-from metagen_jax.types import Array, Examples, Key, LatentVariable, Metrics, Params
+from metagen_jax.types import Array, Density, Examples, Key, Metrics, Params
 
 Path = Callable[[Params, Key, Examples, int], tuple[Params, Metrics]]
 
@@ -34,7 +34,7 @@ Measure = Callable[[Params, Spec, Key, Callable[[int], None]], Curve]
 
 def adaptation_curves(
     path: Path,
-    latent: LatentVariable,
+    density: Density,
     family: TaskFamily,
     *,
     steps: Sequence[int],
@@ -50,7 +50,7 @@ def adaptation_curves(
     chosen = np.asarray(sorted(set(steps)), np.int32)
     if not len(chosen) or chosen[0] < 0:
         raise ValueError(f"expected inner steps of at least 0, got {list(steps)}")
-    estimate = bounds(latent, num_samples, chunk=min(50, num_samples))
+    estimate = bounds(density, num_samples, chunk=min(50, num_samples))
 
     def one(meta: Params, data: Any, key: Key, spec: Spec) -> tuple[Array, Array]:
         make_key, adapt_key, query_key = jax.random.split(key, 3)
@@ -75,13 +75,13 @@ def adaptation_curves(
 
 
 def adaptation_curve(
-    path: Path, latent: LatentVariable, family: TaskFamily, meta: Params, specs: Spec, key: Key, **options: Any
+    path: Path, density: Density, family: TaskFamily, meta: Params, specs: Spec, key: Key, **options: Any
 ) -> Curve:
     """Estimate the likelihood of held-out query images after each of `steps` inner steps.
 
     Args:
         path: of a learner: the adapter step by step.
-        latent: of the model.
+        density: of the model.
         family: makes the tasks; its support and query sizes are the protocol's.
         meta: meta-parameters.
         specs: [C, way] int32, one description per class (or group of classes).
@@ -93,7 +93,7 @@ def adaptation_curve(
     Returns:
         Per-class means over queries and episodes. A class whose adaptation diverged has NaN from there on.
     """
-    return adaptation_curves(path, latent, family, **options)(meta, specs, key, lambda done: None)
+    return adaptation_curves(path, density, family, **options)(meta, specs, key, lambda done: None)
 
 
 def exemplar_scores(

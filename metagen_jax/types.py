@@ -7,7 +7,7 @@ D features, Z latent dimensions, C classes, H W images, and *event the shape of 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import optax
@@ -84,6 +84,13 @@ class LatentVariable(NamedTuple):
     decode: Callable[[Params, Array], Array]  # z [N, Z] -> mean of p(x | z), [N, *event]
     log_prior: Callable[[Params, Array], Array]  # z [N, Z] -> log p(z) [N]
     log_likelihood: Callable[[Params, Array, Array], Array]  # x [N, *event], z [N, Z] -> log p(x | z) [N]
+
+
+class Density(NamedTuple):
+    """How likely a model with these parameters finds an image, in nats per image."""
+
+    log_weight: Callable[[Params, Key, Array], Array]  # (params, key, x [N, *event]) -> [N], one draw for each example
+    kind: Literal["exact", "importance", "bound"]  # what a draw is: `metagen_jax.models.densities`
 
 
 def player_of(name: str, losses: Mapping[str, Array]) -> Array:

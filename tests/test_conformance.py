@@ -53,7 +53,7 @@ def _bidirectional(form):
 
 
 def _vae():
-    model, _ = tiny_vae(hidden=(3,))
+    model, *_ = tiny_vae(hidden=(3,))
     return model, [tuple(jax.eval_shape(model.init, jax.random.key(0)))]
 
 

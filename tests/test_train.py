@@ -27,7 +27,7 @@ def _parts(rate=0.05, tasks=4, **options):
 
 
 def _vae_parts(rate=0.05, players=MOVES, **options):
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     return _run_parts(mg.maml(model, mg.per_step(2, rate, players), 2, players=players), 4, **options)
 
 
@@ -89,7 +89,7 @@ def test_the_average_begins_as_the_plain_mean_of_the_parameters():
 
 def _breaking(num_bad):
     """A learner whose first `num_bad` classes have an infinite support loss at inner step 1."""
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     family = mg.episodes(tiny_images(), 2, 3)
 
     def make(data, key, spec):

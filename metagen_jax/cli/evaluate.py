@@ -32,7 +32,7 @@ def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
     """Evaluate, write evaluation.json, evaluation.md and the figures, and return what is in the first."""
     check_options(options, finished.config.model)
     if isinstance(finished.built, Vae):
-        return evaluate_likelihood(finished, finished.built.latent, options)
+        return evaluate_likelihood(finished, finished.built.density, options)
     if isinstance(finished.built, CycleGan):
         return evaluate_translation(finished, finished.built, options)
     if isinstance(finished.built, Classifier):

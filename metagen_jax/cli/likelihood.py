@@ -26,14 +26,14 @@ from metagen_jax.evaluate import Curve, Measure, adaptation_curves, exemplar_sco
 from metagen_jax.metrics.exemplar import fit_exemplars
 from metagen_jax.progress import Progress
 from metagen_jax.tasks.family import Spec, TaskFamily
-from metagen_jax.types import Key, LatentVariable
+from metagen_jax.types import Density, Key
 
 CURVE_SAMPLES = 50  # importance samples at most, where every inner step is evaluated
 COPY_EPISODES = 64  # by which the copy baseline is fitted
 COPY_SHOTS = 5  # of the episodes that the copy baseline's two constants are fitted on
 
 
-def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Evaluate) -> dict[str, Any]:
+def evaluate_likelihood(finished: Finished, density: Density, options: Evaluate) -> dict[str, Any]:
     """Evaluate, write evaluation.json, evaluation.md and the figures, and return what is in the first."""
     if options.num_samples < 1 or (options.num_samples > CURVE_SAMPLES and options.num_samples % CURVE_SAMPLES):
         raise ValueError(f"--num-samples must be at most {CURVE_SAMPLES}, or a multiple, got {options.num_samples}")
@@ -44,14 +44,14 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
     name = f"{config.learner} ({config.model})"
     systems, notes = [System(name, finished.learner, finished.meta, 16)], dict[str, str]()
     if options.baselines:
-        score = baselines.elbo_score(latent)
+        score = baselines.elbo_score(density)
         others, notes = baseline_systems(finished, data, options, baselines.LIKELIHOOD, score)
         systems += others
     curves, tables, programs = {}, {}, dict[Any, Measure]()
     for system in systems:
         test_key = jax.random.fold_in(key, TEST)
         curves[system.name], tables[system.name] = _measure(
-            system, latent, family, specs, test_key, num_steps(config), options, programs
+            system, density, family, specs, test_key, num_steps(config), options, programs
         )
     copy = _copy(data, finished, family, specs, key) if options.baselines else None
     result: dict[str, Any] = {
@@ -82,7 +82,7 @@ def evaluate_likelihood(finished: Finished, latent: LatentVariable, options: Eva
 
 def _measure(
     system: System,
-    latent: LatentVariable,
+    density: Density,
     family: TaskFamily,
     specs: Spec,
     key: Key,
@@ -97,7 +97,7 @@ def _measure(
         which = (id(system.learner), steps, num_samples)  # systems that share a learner share a compiled program
         programs[which] = measure = programs.get(which) or adaptation_curves(
             system.learner.path,
-            latent,
+            density,
             family,
             steps=steps,
             num_samples=num_samples,

@@ -234,7 +234,7 @@ def _short_evaluation(
     family = build.family(data, part, config.shots, config.query)
     specs = build.specs(data, part, SHORT_CLASSES)
     curve = adaptation_curve(
-        learner.path, built.latent, family, meta, specs, key, steps=(0, steps), num_samples=SHORT_SAMPLES
+        learner.path, built.density, family, meta, specs, key, steps=(0, steps), num_samples=SHORT_SAMPLES
     )
     before, after = curve.elbo[:, 0], curve.elbo[:, -1]
     if len(before) < 2 or not (np.isfinite(before).all() and np.isfinite(after).all()):

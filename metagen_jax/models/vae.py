@@ -31,12 +31,13 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from metagen_jax.games import cooperative
+from metagen_jax.models.densities import of_latent
 from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.networks import Network, has_gates, join, split_modulation, split_structure
 from metagen_jax.models.parts import init_maps, moved_by
 from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.weighted import weighted_mean
-from metagen_jax.types import Array, ArrayTree, Examples, Key, LatentVariable, Metrics, Model, Params
+from metagen_jax.types import Array, ArrayTree, Density, Examples, Key, LatentVariable, Metrics, Model, Params
 
 PLAYERS = ("encoder", "decoder", "head", "modulation", "prior")
 WITH_CONTEXT = (*PLAYERS, "context", "maps")
@@ -44,10 +45,11 @@ _LOG_2_PI = 1.8378770664093453
 
 
 class Vae(NamedTuple):
-    """A variational autoencoder: a model, and what it can do with its latent variable."""
+    """A variational autoencoder: a model, what it can do with its latent variable, and how likely it finds images."""
 
     model: Model
     latent: LatentVariable
+    density: Density
 
 
 def vae(
@@ -149,7 +151,7 @@ def vae(
     )
     gated = (STRUCTURE,) if has_gates(encoder) or has_gates(decoder) else ()
     players = (*(WITH_CONTEXT if context else PLAYERS), *gated)
-    return Vae(Model(init, cooperative(loss, players), sample), latent)
+    return Vae(Model(init, cooperative(loss, players), sample), latent, of_latent(latent))
 
 
 def prior_in_use(params: Params) -> ArrayTree:

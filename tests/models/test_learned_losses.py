@@ -24,7 +24,7 @@ def _filled(tree):
 
 
 def test_it_begins_as_the_loss_of_the_model_and_with_its_parameters():
-    model, latent = tiny_vae(hidden=(3,))
+    model, latent, _ = tiny_vae(hidden=(3,))
     inner = with_learned_loss(model, vae_features(latent), mlp((6,), (3,), (1,)))
     params, batch = jax.jit(inner.init)(jax.random.key(0)), image_task().support
     own = {name: params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
@@ -45,7 +45,7 @@ def test_it_begins_as_the_loss_of_the_model_and_with_its_parameters():
 
 
 def test_the_network_is_not_made_of_the_numbers_that_the_model_is_made_of():
-    model, latent = tiny_vae()
+    model, latent, _ = tiny_vae()
     key, event = jax.random.key(0), (2,)
     network = mlp(event, (5,), (1,))  # of the size of the decoder's first layer
     made = with_learned_loss(model, lambda params, key, batch: latent.encode(params, batch.x)[0], network).init(key)
@@ -80,7 +80,7 @@ def test_the_pure_form_does_not_know_the_loss_of_the_model():
 
 
 def test_features_of_a_vae_are_its_reconstruction_and_its_code(x64):
-    model, latent = tiny_vae(hidden=(3,))
+    model, latent, _ = tiny_vae(hidden=(3,))
     params, batch, key = _filled(jax.eval_shape(model.init, jax.random.key(0))), image_task().support, jax.random.key(1)
     features = jax.jit(vae_features(latent))
     found = features(params, jax.random.clone(key), batch)

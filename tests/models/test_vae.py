@@ -92,7 +92,7 @@ def _points(num, num_features, seed=3):
 
 
 def test_the_elbo_of_a_linear_gaussian_model_is_the_closed_form(x64):
-    model, latent = linear_vae(4, 2)
+    model, latent, _ = linear_vae(4, 2)
     params, batch = random_params(4, 2), _points(5, 4)
     layer = params["head"]["output"]["output"]
     mean, log_scale = latent.encode(params, batch.x)
@@ -124,7 +124,7 @@ def test_beta_weighs_the_kl_in_the_loss_and_nothing_else(x64):
 
 
 def test_examples_of_zero_weight_leave_the_loss_as_it_is(x64):
-    model, _ = linear_vae(4, 2)
+    model, *_ = linear_vae(4, 2)
     params, batch = random_params(4, 2), _points(5, 4)
     loss, metrics = model.game(params, jax.random.key(0), batch)
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 9 + leaf[:2]]), batch)
@@ -135,7 +135,7 @@ def test_examples_of_zero_weight_leave_the_loss_as_it_is(x64):
 
 
 def test_an_empty_support_teaches_nothing():
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     params = _params(model)
     empty = image_task().support._replace(weight=jnp.zeros(3))
     direction, metrics = jax.jit(mg.vector_field(model.game))(params, jax.random.key(0), empty)
@@ -148,7 +148,7 @@ def test_with_the_exact_posterior_the_elbo_is_the_exact_log_likelihood(x64):
     weight = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 2)))[0].T * np.array([[1.5], [0.7]])
     prior = random_prior(2) | {"coupling": jnp.zeros((2, 2))}  # so that the posterior is diagonal
     params = with_best_encoder(weight, np.array([0.1, -0.2, 0.3, 0.4]), prior)
-    model, _ = linear_vae(4, 2)
+    model, *_ = linear_vae(4, 2)
     batch = _points(3, 4)
     covariance = weight.T @ prior_covariance(prior) @ weight + NOISE**2 * np.eye(4)
     mean = np.asarray(prior["mean"]) @ weight + np.array([0.1, -0.2, 0.3, 0.4])

@@ -55,7 +55,7 @@ def test_the_mixture_of_bounds_is_below_the_likelihood_of_the_mixture_of_models(
     built = linear_vae(3, 2)
     members = [random_params(3, 2, seed) for seed in (0, 1)]
     x = jnp.asarray(np.random.default_rng(2).normal(size=(4, 3)))
-    estimate = jax.jit(bounds(built.latent, 2000, chunk=2000))
+    estimate = jax.jit(bounds(built.density, 2000, chunk=2000))
     elbos = jnp.stack([estimate(params, jax.random.key(0), x)[0] for params in members])
     likelihoods = np.stack([stats.multivariate_normal(*exact(params)).logpdf(x) for params in members])
     mixed, truth = log_mixture(elbos), np.log(np.exp(likelihoods).mean(0))
