@@ -240,7 +240,7 @@ def test_sizes_and_weights_out_of_range_are_refused(latents, options):
 
 
 def test_the_meta_gradient_of_a_convolutional_vae_equals_finite_differences(x64):
-    model, _ = _conv_vae(mg.bernoulli())
+    model, *_ = _conv_vae(mg.bernoulli())
     players = ("prior", "context", "head")
     start = mg.per_step(2, 0.01, players)
     learner = mg.maml(model, start, 2, players=players)
@@ -266,7 +266,7 @@ def test_the_meta_gradient_of_a_convolutional_vae_equals_finite_differences(x64)
 
 
 def test_the_meta_gradient_of_a_convolutional_vae_over_tasks_has_no_convolution():
-    model, _ = _conv_vae(mg.bernoulli())
+    model, *_ = _conv_vae(mg.bernoulli())
     learner = mg.maml(model, mg.fixed(optax.sgd(1e-3)), 1)
     tasks = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), image_task())
     many = jax.jit(jax.vmap(learner.field, in_axes=(None, 0, 0)))
