@@ -23,17 +23,24 @@ from metagen_jax.meta.learners import (
 )
 from metagen_jax.meta.outer import displacement, over_tasks, through
 from metagen_jax.models.adversarial_autoencoder import adversarial_autoencoder
+from metagen_jax.models.autoregressive import Autoregressive, autoregressive
 from metagen_jax.models.bidirectional import bidirectional_gan
 from metagen_jax.models.classifier import Classifier, classifier
 from metagen_jax.models.conditional_gan import conditional_gan
 from metagen_jax.models.cycle import cycle_gan
+from metagen_jax.models.flow_matching import FlowMatching, flow_matching
 from metagen_jax.models.gan import Gan, Terms, gan
 from metagen_jax.models.heads import Head, linear, matching, prototypes, relation, ridge
 from metagen_jax.models.initialiser import initialiser
+from metagen_jax.models.latent_gaussian import LatentGaussian, latent_gaussian
 from metagen_jax.models.latent_prototypes import latent_prototypes
 from metagen_jax.models.learned_losses import with_learned_loss
 from metagen_jax.models.likelihoods import bernoulli, gaussian
+from metagen_jax.models.matching_network import MatchingNetwork, matching_network
+from metagen_jax.models.memory_addressing import AddressedMemory, addressed_memory
 from metagen_jax.models.memory_heads import attention, memory
+from metagen_jax.models.meta_generator import MetaGenerator, meta_generator
+from metagen_jax.models.statistician import Statistician, dense_statistician
 from metagen_jax.models.vae import Vae, vae
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
@@ -59,11 +66,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapt",
+    "AddressedMemory",
+    "Autoregressive",
     "Classifier",
     "Density",
     "Divergence",
     "Examples",
     "Field",
+    "FlowMatching",
     "Game",
     "Gan",
     "GradientField",
@@ -71,7 +81,10 @@ __all__ = [
     "ImageBank",
     "ImageSet",
     "Key",
+    "LatentGaussian",
     "LatentVariable",
+    "MatchingNetwork",
+    "MetaGenerator",
     "MetaLearner",
     "Metrics",
     "Model",
@@ -79,16 +92,19 @@ __all__ = [
     "Sampler",
     "Spec",
     "Start",
+    "Statistician",
     "Task",
     "TaskFamily",
     "Terms",
     "TrainState",
     "Vae",
+    "addressed_memory",
     "adversarial_autoencoder",
     "alternating",
     "amortised",
     "anil",
     "attention",
+    "autoregressive",
     "bernoulli",
     "bidirectional_gan",
     "boil",
@@ -98,10 +114,12 @@ __all__ = [
     "consensus",
     "cooperative",
     "cycle_gan",
+    "dense_statistician",
     "displacement",
     "episodes",
     "extragradient",
     "fixed",
+    "flow_matching",
     "fomaml",
     "gan",
     "gaussian",
@@ -111,6 +129,7 @@ __all__ = [
     "init_state",
     "initialiser",
     "joint",
+    "latent_gaussian",
     "latent_prototypes",
     "learned",
     "learned_loss",
@@ -120,7 +139,9 @@ __all__ = [
     "maml",
     "maml_plus_plus",
     "matching",
+    "matching_network",
     "memory",
+    "meta_generator",
     "meta_sgd",
     "outer_optimizer",
     "over_tasks",

@@ -12,13 +12,16 @@ from problems import EVENT, flat, image_task, tiny_gan, tiny_vae
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.adapt.learned_rules import coordinate_mlp
-from metagen_jax.config import HEADS, AdversarialConfig, ModelConfig, TrainConfig, check
+from metagen_jax.config import CONDITIONAL, HEADS, AdversarialConfig, ModelConfig, TrainConfig, check
 from metagen_jax.config import LEARNERS as OFFERED_LEARNERS
 from metagen_jax.config import MODELS as OFFERED_MODELS
 from metagen_jax.dynamics import alternating
 from metagen_jax.models.adversarial import gradient_penalty, least_squares, non_saturating, wasserstein
 from metagen_jax.models.learned_losses import with_learned_loss
 from metagen_jax.models.networks import gelu, mlp, mlp_features
+from metagen_jax.models.set_encoders import mean_pooled
+from metagen_jax.models.support_attention import support_attention
+from metagen_jax.models.velocity_networks import dense_velocity
 
 STEPS = 2
 PIXELS = 36
@@ -62,6 +65,53 @@ def _classifier():
     return built.model, [tuple(jax.eval_shape(built.model.init, jax.random.key(0)))]
 
 
+def _autoregressive(**options):
+    return mg.autoregressive(EVENT, 3, (1, 2), context=2, **options)
+
+
+def _flow(**options):
+    return mg.flow_matching(dense_velocity(EVENT, (3,), time_units=3), EVENT, context=2, num_steps=2, **options)
+
+
+def _statistician(**options):
+    return mg.dense_statistician(EVENT, mg.bernoulli(), hidden=(3,), num_latents=2, num_context=2, **options)
+
+
+def _matching_network():
+    networks = mlp(EVENT, (3,), (4,)), mlp((4,), (3,), EVENT)
+    sizes = {"num_keys": 2, "num_values": 2, "num_states": 2, "hidden": (2,)}
+    return mg.matching_network(*networks, mg.bernoulli(), 2, **sizes)
+
+
+def _addressed_memory():
+    networks = mlp(EVENT, (3,), (4,)), mlp((4,), (3,), EVENT)
+    return mg.addressed_memory(*networks, mg.bernoulli(), 2, num_keys=2, num_values=2, hidden=(2,))
+
+
+def _alone(build_it):
+    """Return the model of a record, and one side of all that its field moves."""
+
+    def made():
+        model = build_it().model
+        return model, [tuple(jax.eval_shape(model.init, jax.random.key(0)))]
+
+    return made
+
+
+READERS = {
+    "autoregressive": lambda: _autoregressive(
+        encoder=mean_pooled(mlp(EVENT, (), (2,))),
+        attention=support_attention(EVENT, 1, hidden=(2,), width=2),
+        looks=(0,),
+    ),
+    "flow_matching": lambda: _flow(encoder=mean_pooled(mlp(EVENT, (), (2,)))),
+    "dense_statistician": _statistician,
+    "matching_network": _matching_network,
+    "addressed_memory": _addressed_memory,
+    "meta_generator": lambda: mg.meta_generator(EVENT, 2, hidden=3, encoder=mean_pooled(mlp(EVENT, (), (2,)))),
+}
+"""Name -> a small model that reads its support by itself."""
+
 MODELS = {
     "vae": _vae,
     "classifier": _classifier,
@@ -71,6 +121,12 @@ MODELS = {
     "adversarial_autoencoder": _adversarial_autoencoder,
     "bidirectional_gan": lambda: _bidirectional("standard"),
     "bidirectional_gan literal": lambda: _bidirectional("literal"),
+    "autoregressive": _alone(_autoregressive),
+    "flow_matching": _alone(_flow),
+    "dense_statistician": _alone(lambda: _statistician(loss="set")),
+    "matching_network": _alone(_matching_network),
+    "addressed_memory": _alone(_addressed_memory),
+    "meta_generator": _alone(lambda: mg.meta_generator(EVENT, 2, hidden=3)),
 }
 """Name -> a small model and the turns of its sides."""
 
@@ -187,6 +243,7 @@ def test_every_learner_and_every_model_conforms(learner, model):
     task, key = _task(0), jax.random.key(3)
     field = jax.jit(built.field)
     direction, metrics = field(meta, jax.random.clone(key), task)
+    direction = {name: tree for name, tree in direction.items() if jax.tree.leaves(tree)}  # a memory begins empty
     losses = [value for name, value in metrics.items() if name.startswith("support/loss")]
     assert all(loss.shape == (STEPS,) for loss in losses)
     assert bool(losses) == (learner not in ("joint", "regressed"))  # whose field is not that of an adapted model
@@ -200,13 +257,36 @@ def test_every_learner_and_every_model_conforms(learner, model):
     np.testing.assert_array_equal(flat(field(meta, jax.random.clone(key), padding)[0]), flat(direction))
     other = task._replace(support=task.support._replace(x=x.at[:4].set(1 - x[:4])))
     assert np.abs(flat(field(meta, jax.random.clone(key), other)[0]) - flat(direction)).max() > 1e-7
-    if model not in ("cycle_gan", "classifier"):  # which draw nothing
+    if model not in ("cycle_gan", "classifier", "autoregressive"):  # which draw nothing
         assert np.abs(flat(field(meta, jax.random.key(4), task)[0]) - flat(direction)).max() > 1e-7
 
     adapted, _ = jax.eval_shape(built.adapt, meta, key, task.support)
     path, _ = jax.eval_shape(lambda *arguments: built.path(*arguments, STEPS), meta, key, task.support)
     along = jax.tree.map(lambda leaf: (STEPS + 1, *leaf.shape), adapted)
     assert along == jax.tree.map(lambda leaf: leaf.shape, path)
+
+
+@pytest.mark.parametrize("model", READERS)
+def test_every_model_that_reads_its_support_does_so_and_goes_on_by_gradient_steps(model):
+    """What was read and what moves get a gradient through the query; padding of the support is not read."""
+    built = READERS[model]()
+    small = tuple(name for name in jax.eval_shape(built.model.init, jax.random.key(0)) if "modulation" in name)
+    learner = mg.amortised(built.model, built.embed, mg.fixed(optax.sgd(1e-2)), STEPS, players=small)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(learner.init, jax.random.key(1))
+    meta = {name: jax.tree.map(lambda leaf: _filled(rng, leaf.shape, False), tree) for name, tree in shapes.items()}
+    task, key = _task(0), jax.random.key(3)
+    field = jax.jit(learner.field)
+    direction, _ = field(meta, jax.random.clone(key), task)
+    replaced = {"memory"} | ({"context"} if model in ("dense_statistician", "meta_generator") else set())
+    for player in set(meta) - replaced:
+        assert np.isfinite(flat(direction[player])).all(), player
+        assert np.abs(flat(direction[player])).max() > 1e-8, player
+    x = task.support.x
+    padding = task._replace(support=task.support._replace(x=x.at[4:].set(1 - x[4:])))
+    np.testing.assert_array_equal(flat(field(meta, jax.random.clone(key), padding)[0]), flat(direction))
+    other = task._replace(support=task.support._replace(x=x.at[:4].set(1 - x[:4])))
+    assert np.abs(flat(field(meta, jax.random.clone(key), other)[0]) - flat(direction)).max() > 1e-7
 
 
 def _filled(rng, shape, log_rate):
@@ -225,9 +305,8 @@ def _public(where):
 def test_every_public_learner_and_model_has_a_row():
     assert _public("meta.learners") == set(LEARNERS)
     made_of = {"bernoulli", "gaussian", "linear", "prototypes", "ridge", "matching", "relation", "memory", "attention"}
-    assert _public("models") - made_of - {"initialiser", "with_learned_loss", "latent_prototypes"} == {
-        name.split()[0] for name in MODELS
-    }
+    around = {"initialiser", "with_learned_loss", "latent_prototypes", "latent_gaussian"}
+    assert _public("models") - made_of - around == {name.split()[0] for name in MODELS}
     assert set(OFFERED_LEARNERS) == set(LEARNERS) | set(HEADS) | {"initialiser"}
 
 
@@ -256,13 +335,21 @@ def _build(config):
 
 
 def _refused(learner, model):
+    if model == "classifier" and learner == "latent_gaussian":
+        return "the prior of a vae"
     if model == "classifier":
         reasons = {"joint": "no joint training", "amortised": "needs a model that reads its support"}
         return reasons.get(learner)
     if learner in HEADS:
-        return None if (learner, model) == ("prototypes", "vae") else "reads the head of a classifier"
-    if learner == "amortised" and model != "gan":
-        return "needs a model that reads its support, so far gan"
+        of_vae = model == "vae" and learner in ("prototypes", "latent_gaussian")
+        return None if of_vae else "reads the head of a classifier"
+    if learner == "amortised" and model not in ("gan", *CONDITIONAL):
+        return "needs a model that reads its support, gan, autoregressive"
+    if model in CONDITIONAL:
+        needs = dict.fromkeys(("initialiser", "regressed"), "reads the support of a vae, a gan")
+        needs |= {"learned_loss": "features for vae, classifier and auto"} if model != "autoregressive" else {}
+        needs |= {"cavia": "a model with a context"} if model in ("matching_network", "addressed_memory") else {}
+        return needs.get(learner)
     if model in ("cycle", "aae", "bigan"):
         needs = {"cavia": "a model with a context", "learned_loss": "features for vae"}
         needs |= dict.fromkeys(("initialiser", "regressed"), "reads the support of a vae, a gan")

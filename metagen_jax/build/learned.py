@@ -11,6 +11,7 @@ from metagen_jax.adapt.learned_rules import LearnedRule, coordinate_lstm, coordi
 from metagen_jax.adapt.twins import Twins, twins
 from metagen_jax.build.models import Built, Roles
 from metagen_jax.config import TrainConfig, given
+from metagen_jax.models.autoregressive import Autoregressive, autoregressive_features
 from metagen_jax.models.classifier import Classifier
 from metagen_jax.models.gan import Gan
 from metagen_jax.models.initialiser import INITIALISER, initialiser
@@ -75,8 +76,10 @@ def with_loss(config: TrainConfig, built: Built) -> Model:
         features, size = vae_features(built.latent), 2 + 2 * config.network.latents
     elif isinstance(built, Classifier):
         features, size = classifier_features(built), 2 * built.num_classes + 1
+    elif isinstance(built, Autoregressive):
+        features, size = autoregressive_features(built), config.conditional.features + 2
     else:
-        raise ValueError(f"learned_loss has features for vae and classifier so far; got {config.model}")
+        raise ValueError(f"learned_loss has features for vae, classifier and autoregressive so far; got {config.model}")
     return with_learned_loss(built.model, features, mlp((size,), (LOSS_UNITS,), (1,), activation=gelu))
 
 

@@ -7,9 +7,10 @@ import optax
 
 from metagen_jax.adapt.amortised import Embed
 from metagen_jax.adapt.starts import Start, fixed, per_parameter, per_step
+from metagen_jax.build.conditional import Conditional
 from metagen_jax.build.learned import initialised, learned_rule, with_initialiser, with_loss
 from metagen_jax.build.models import Built, Roles, roles
-from metagen_jax.config import HEADS, AdversarialConfig, TrainConfig, given
+from metagen_jax.config import CONDITIONAL, HEADS, AdversarialConfig, TrainConfig, given
 from metagen_jax.dynamics import Dynamics, alternating, consensus, extragradient, unrolled
 from metagen_jax.games import vector_field
 from metagen_jax.meta.learners import (
@@ -31,6 +32,7 @@ from metagen_jax.meta.learners import (
 )
 from metagen_jax.models.classifier import Classifier
 from metagen_jax.models.gan import Gan
+from metagen_jax.models.latent_gaussian import latent_gaussian
 from metagen_jax.models.latent_prototypes import latent_prototypes
 from metagen_jax.models.vae import Vae
 from metagen_jax.train import outer_optimizer
@@ -38,6 +40,8 @@ from metagen_jax.types import Field, Game
 
 FIXED_RATES = ("joint", "reptile", "cavia", "imaml", "regressed", "learned_optimizer")
 """Learners whose inner rates are settings, not learned."""
+FIXED_MODELS = ("classifier",)
+"""Models whose inner rates are settings unless others are asked for."""
 
 
 def learner(config: TrainConfig, built: Built, *, first_order: bool = False) -> MetaLearner:
@@ -140,8 +144,9 @@ def _regressed(
 
 
 def _embed(config: TrainConfig, built: Built) -> Embed:
-    if not isinstance(built, Gan):
-        raise ValueError(f"amortised needs a model that reads its support, so far gan; got {config.model}")
+    if not isinstance(built, Gan | Conditional):
+        readers = ", ".join(("gan", *CONDITIONAL))
+        raise ValueError(f"amortised needs a model that reads its support, {readers}; got {config.model}")
     return built.embed
 
 
@@ -155,10 +160,13 @@ def _reader(
     steps = given(config.inner.steps)
     if isinstance(built, Vae) and config.learner == "prototypes":
         return amortised(built.model, latent_prototypes(built), start, steps, players=players, **options)
-    if not isinstance(built, Classifier):
+    if isinstance(built, Vae) and config.learner == "latent_gaussian":
+        made = latent_gaussian(built)
+        return amortised(made.model, made.embed, start, steps, players=players, **options)
+    if not isinstance(built, Classifier) or config.learner == "latent_gaussian":
         raise ValueError(
-            f"{config.learner} reads the head of a classifier (prototypes also the prior of a vae) off the support, "
-            f"got {config.model}"
+            f"{config.learner} reads the head of a classifier (prototypes and latent_gaussian the prior of a vae) off "
+            f"the support, got {config.model}"
         )
     if steps and config.learner not in ("prototypes", "ridge"):
         raise ValueError(f"gradient steps go on from prototypes or ridge, whose heads are linear; got {config.learner}")
@@ -182,7 +190,7 @@ def moving(config: TrainConfig, role: Roles) -> tuple[str, ...]:
     if chosen == ("auto",):
         if config.learner == "boil":
             return tuple(player for player in role.joint if player not in role.head)
-        return role.head if config.learner == "anil" else role.fast or role.players
+        return role.head if config.learner == "anil" else role.moves or role.fast or role.players
     unknown = [player for player in chosen if player not in role.players]
     if unknown:
         known = ", ".join(role.players)
@@ -233,7 +241,7 @@ def outer(config: TrainConfig) -> optax.GradientTransformation:
 
 def _start(config: TrainConfig, rates: dict[str, float]) -> Start:
     inner, steps = config.inner, given(config.inner.steps)
-    if inner.rates == "fixed" or steps == 0 or (inner.rates == "auto" and config.model == "classifier"):
+    if inner.rates == "fixed" or steps == 0 or (inner.rates == "auto" and config.model in FIXED_MODELS):
         return fixed(sgd(rates))
     if inner.rates == "per_parameter":
         return per_parameter(rates, tuple(rates))

@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from metagen_jax.config import AdversarialConfig, ModelConfig, TrainConfig, given
+from metagen_jax.build.conditional import Conditional, conditional
+from metagen_jax.config import CONDITIONAL, AdversarialConfig, ModelConfig, TrainConfig, given
 from metagen_jax.models import classifier as classifiers
 from metagen_jax.models.adversarial import LOSSES, AdversarialLoss, Penalty, gradient_penalty, r1_penalty
 from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder, adversarial_autoencoder
@@ -36,10 +38,12 @@ from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
 
 Event = tuple[int, int, int]
-Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan | Classifier
+Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan | Classifier | Conditional
 RELATION_UNITS = 64
 CANDIDATES = {"gelu": gelu, "tanh": jnp.tanh, "linear": lambda z: z}
 GATE_UNITS = 8  # that share a width gate, where all layers can be divided so
+NOT_SCORED = ("encoder", "statistic", "attention", "memory")
+READING = ("context", "maps")
 MEMORY_SLOTS, MEMORY_WIDTH = 128, 64  # slots: as many rows as a 20-way 5-shot support has, and some
 
 
@@ -52,6 +56,7 @@ class Roles(NamedTuple):
     joint: tuple[str, ...]  # that ordinary training learns: a context that no task moves would add nothing
     tuned: tuple[str, ...]  # that fine-tuning moves
     turns: tuple[tuple[str, ...], ...]  # the sides of the game, in the order in which they move
+    moves: tuple[str, ...] = ()  # that move inside where nothing else is said; none: the fast ones, or all
 
 
 def model(config: TrainConfig, event: Event, binary: bool) -> Built:
@@ -69,6 +74,8 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
         return _gan(config, event)
     if config.model == "classifier":
         return _classifier(config, event)
+    if config.model in CONDITIONAL:
+        return conditional(config, event, binary, _likelihood(network, binary))
     if config.model == "cycle":
         return cycle_gan(
             _translator(network, event),
@@ -114,12 +121,25 @@ def roles(config: TrainConfig, built: Built) -> Roles:
         fast = ("context",) if config.learner == "cavia" else ()
         body = ("body", "modulation", *gates)
         return Roles(players, fast, ("head",), (*body, "head"), (*body, "head"), (players,))
+    elif isinstance(built, Conditional):
+        return _roles_of_parts(built)
     elif isinstance(built, AdversarialAutoencoder):
         sides, head = (("discriminator",), ("encoder", "decoder")), ("decoder",)
     else:  # a generator alone would not see the support
         sides, head = (("discriminator",), ("encoder", "generator")), ("discriminator", "generator")
     players = (*sides[1], *sides[0])
     return Roles(players, (), head, players, players, sides)
+
+
+def _roles_of_parts(built: Conditional) -> Roles:
+    """Return the roles of a model whose players share one loss: small parts move, what reads a support is apart."""
+    params = jax.eval_shape(built.model.init, jax.random.key(0))
+    players = tuple(player for player in params if player not in NOT_SCORED)
+    head = tuple(player for player in players if player.endswith("head"))
+    fast = tuple(player for player in players if player == "context")
+    joint = tuple(player for player in players if player not in READING)
+    small = tuple(player for player in joint if player.endswith("modulation"))
+    return Roles(players, fast, head, joint, joint, (players,), (*small, *fast))
 
 
 def _gan(config: TrainConfig, event: Event) -> Gan:

@@ -4,6 +4,7 @@ from metagen_jax.config.checks import check
 from metagen_jax.config.defaults import for_learner, given, resolve
 from metagen_jax.config.names import (
     ALL_GAMES,
+    CONDITIONAL,
     HEADS,
     INNER_READ,
     LEARNERS,
@@ -16,6 +17,7 @@ from metagen_jax.config.names import (
 from metagen_jax.config.records import (
     AdversarialConfig,
     ChoiceConfig,
+    ConditionalConfig,
     DataConfig,
     GeneratedConfig,
     InnerConfig,
@@ -29,6 +31,7 @@ from metagen_jax.config.text import SCHEMA, from_json, to_json
 
 __all__ = [
     "ALL_GAMES",
+    "CONDITIONAL",
     "HEADS",
     "INNER_READ",
     "LEARNERS",
@@ -39,6 +42,7 @@ __all__ = [
     "SECOND_ORDER",
     "AdversarialConfig",
     "ChoiceConfig",
+    "ConditionalConfig",
     "DataConfig",
     "GeneratedConfig",
     "InnerConfig",

@@ -4,8 +4,25 @@ import dataclasses
 import math
 
 from metagen_jax.config.defaults import given, resolve
-from metagen_jax.config.names import ALL_GAMES, INNER_READ, LEARNERS, MEASURED, MODELS, READS, known
-from metagen_jax.config.records import AdversarialConfig, ChoiceConfig, GeneratedConfig, InnerConfig, TrainConfig
+from metagen_jax.config.names import (
+    ALL_GAMES,
+    CONDITIONAL_READ,
+    GAMES,
+    INNER_READ,
+    LEARNERS,
+    MEASURED,
+    MODELS,
+    READS,
+    known,
+)
+from metagen_jax.config.records import (
+    AdversarialConfig,
+    ChoiceConfig,
+    ConditionalConfig,
+    GeneratedConfig,
+    InnerConfig,
+    TrainConfig,
+)
 
 
 def check(config: TrainConfig) -> TrainConfig:
@@ -36,6 +53,10 @@ def check(config: TrainConfig) -> TrainConfig:
         "network.latents": (config.network.latents, 1),
         "network.context": (config.network.context, 0),
         "query": (config.query, 1),
+        "conditional.features": (config.conditional.features, 1),
+        "conditional.layers": (config.conditional.layers, 1),
+        "conditional.rows": (config.conditional.rows, 1),
+        "conditional.best_of": (config.conditional.best_of, 1),
         "adversarial.critic_steps": (game.critic_steps, 1),
         "adversarial.made_per_real": (game.made_per_real, 1),
         "adversarial.unrolled_steps": (game.unrolled_steps, 0),
@@ -49,7 +70,9 @@ def check(config: TrainConfig) -> TrainConfig:
     for name, (value, smallest) in least.items():
         if not value >= smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    if config.learner == "amortised" and not config.network.context:
+    by_patches = config.model == "autoregressive" and config.conditional.reader == "attention"
+    by_rows = config.model in ("matching_network", "addressed_memory", "meta_generator")
+    if config.learner == "amortised" and not (config.network.context or by_patches or by_rows):
         raise ValueError("amortised reads the support into the context, so it needs context > 0; got network.context=0")
     _check_classes(config)
     if config.network.network == "gated" and config.model not in ("vae", "classifier"):
@@ -173,9 +196,16 @@ def _check_read(config: TrainConfig) -> None:
         value = getattr(config.inner, name)
         if value != getattr(InnerConfig(), name) and config.learner not in readers:
             raise ValueError(f"inner.{name}={value} means nothing to {config.learner}; it is for {', '.join(readers)}")
+    usual = resolve(dataclasses.replace(config, conditional=ConditionalConfig())).conditional
+    for name, readers in CONDITIONAL_READ.items():
+        value = getattr(resolve(config).conditional, name)
+        if config.model not in readers and value != getattr(usual, name):
+            raise ValueError(
+                f"conditional.{name}={value} means nothing to {config.model}; it is for {', '.join(readers)}"
+            )
     if config.data.rotations and config.model == "cycle":
         raise ValueError("the tasks of cycle are pairs of styles, whose classes are not turned; leave rotations out")
-    read = (*READS[config.model], *(ALL_GAMES if config.model not in ("vae", "classifier") else ()))
+    read = (*READS[config.model], *(ALL_GAMES if config.model in GAMES else ()))
     filled = resolve(config).adversarial  # a configuration that was resolved before has these instead of None
     plain = resolve(dataclasses.replace(config, adversarial=AdversarialConfig())).adversarial
     for field in dataclasses.fields(AdversarialConfig):

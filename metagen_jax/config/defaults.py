@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
-from metagen_jax.config.names import HEADS, INNER_READ
+from metagen_jax.config.names import CONDITIONAL, HEADS, INNER_READ
 from metagen_jax.config.records import InnerConfig, Loss, TrainConfig
 
 T = TypeVar("T")
@@ -18,20 +18,28 @@ def for_learner(config: TrainConfig, learner: str) -> TrainConfig:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return the configuration with the model's own defaults where nothing was given."""
-    is_vae, classifies = config.model == "vae", config.model == "classifier"
+    is_vae, classifies, conditional = (
+        config.model == "vae",
+        config.model == "classifier",
+        config.model in CONDITIONAL,
+    )
+    reads = config.learner in HEADS or (config.learner == "amortised" and conditional)
     inner = _filled(
         config.inner,
-        steps=0 if config.learner in HEADS else 5,
-        rate=0.1 if classifies else 1e-3,
-        fast_rate=0.1 if is_vae else 1.0 if classifies else 0.02,
+        steps=0 if reads else 5,
+        rate=0.1 if classifies or config.model == "flow" else 1e-3,
+        fast_rate=0.1 if is_vae else 1.0 if classifies or config.model == "flow" else 0.02,
     )
+    begins = 500 if config.model in ("autoregressive", "flow") else 2000
     outer = _filled(
         config.outer,
-        rate=1e-3 if is_vae else 2e-3 if classifies else 3e-4,
-        momentum=0.9 if is_vae or classifies else 0.5,
-        warm_start=0 if classifies else 2000,
-        warm_start_rate=2e-3 if is_vae else 3e-4,
+        rate=1e-3 if is_vae else 2e-3 if classifies or conditional else 3e-4,
+        momentum=0.9 if is_vae or classifies or conditional else 0.5,
+        warm_start=0 if classifies or (conditional and config.learner == "amortised") else begins,
+        warm_start_rate=2e-3 if is_vae or conditional else 3e-4,
     )
+    by = "attention" if config.model == "autoregressive" else "mean" if conditional else None
+    read = _filled(config.conditional, reader=by)
     loss: dict[str, Loss] = {"gan": "wasserstein", "cycle": "least_squares"}
     adversarial = _filled(
         config.adversarial,
@@ -39,7 +47,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         penalty="gradient" if config.model == "gan" else "none",
     )
     filled = _filled(config, way=5 if classifies else 1)
-    return dataclasses.replace(filled, inner=inner, outer=outer, adversarial=adversarial)
+    return dataclasses.replace(filled, inner=inner, outer=outer, adversarial=adversarial, conditional=read)
 
 
 def given(value: T | None) -> T:

@@ -5,13 +5,20 @@ import difflib
 LEARNERS = (
     *("maml", "fomaml", "reptile", "anil", "boil", "meta_sgd", "maml_plus_plus", "cavia", "imaml"),
     *("learned_loss", "learned_optimizer", "amortised", "initialiser", "regressed"),
-    *("prototypes", "matching", "relation", "ridge", "memory", "attention", "joint"),
+    *("prototypes", "matching", "relation", "ridge", "memory", "attention", "latent_gaussian", "joint"),
 )
 SECOND_ORDER = ("maml", "anil", "boil", "meta_sgd", "maml_plus_plus", "cavia", "amortised", "initialiser")
 """Learners that may begin at first order."""
-HEADS = ("prototypes", "matching", "relation", "ridge", "memory", "attention")
-"""Learners that read the support in closed form: the head of a classifier."""
-MODELS = ("vae", "gan", "cycle", "aae", "bigan", "classifier")
+HEADS = ("prototypes", "matching", "relation", "ridge", "memory", "attention", "latent_gaussian")
+"""Learners that read the support in closed form: the head of a classifier, or the prior of a VAE."""
+CONDITIONAL = (
+    *("autoregressive", "flow", "statistician", "matching_network", "addressed_memory"),
+    "meta_generator",
+)
+"""Models that may read their support by a network of their own, with one loss for all their players."""
+MODELS = ("vae", "gan", "cycle", "aae", "bigan", "classifier", *CONDITIONAL)
+GAMES = ("gan", "cycle", "aae", "bigan")
+"""Models with rivals."""
 
 READS = {
     "vae": (),
@@ -20,6 +27,7 @@ READS = {
     "aae": ("loss", "weight"),
     "bigan": ("form",),
     "classifier": (),
+    **dict.fromkeys(CONDITIONAL, ()),
 }
 """Which of the adversarial settings a model reads, beside those that all games read."""
 ALL_GAMES = (
@@ -35,6 +43,19 @@ INNER_READ = {
     "first_order_until": SECOND_ORDER,
 }
 """Settings of the inner loop that only these learners read."""
+
+CONDITIONAL_READ = {
+    "reader": ("autoregressive", "flow", "statistician", "meta_generator"),
+    "features": ("autoregressive",),
+    "dilations": ("autoregressive",),
+    "layers": ("statistician",),
+    "loss": ("statistician",),
+    "rows": ("matching_network", "addressed_memory"),
+    "path": ("flow",),
+    "target": ("flow",),
+    "best_of": ("meta_generator",),
+}
+"""Settings of conditional models, and the models that read them."""
 
 MEASURED = ("score_softmax", "agreement", "greedy_set", "information", "self_paced")
 """Strategies for choosing tasks that measure candidates."""

@@ -110,23 +110,52 @@ class AdversarialConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConditionalConfig:
+    """Models of images given a few others: autoregressive, flow, statistician, matching_network, addressed_memory,
+    meta_generator."""
+
+    reader: Literal["mean", "attention"] | None = None
+    """how the support is read by amortised: the mean of what an encoder makes of its images, or attention (of learned
+    queries over images; of every pixel over patches of them for autoregressive); attention (autoregressive), mean
+    (others) if not given"""
+    features: int = 32
+    """of a pixel (autoregressive)"""
+    dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4)
+    """of the blocks of the causal network; attention is after the second and the last but one (autoregressive)"""
+    layers: int = 1
+    """of codes, each given the one above (statistician)"""
+    loss: Literal["predictive", "set"] = "predictive"
+    """of images given the support, or of sets (statistician)"""
+    rows: int = 64
+    """numbers of a key, and of a value, of the memory (matching_network, addressed_memory)"""
+    path: Literal["linear", "variance_preserving"] = "linear"
+    """from noise to images (flow)"""
+    target: Literal["velocity", "noise"] = "velocity"
+    """of the regression: flow matching, or denoising diffusion, which wants the variance-preserving path (flow)"""
+    best_of: int = 1
+    """tries for each image, the nearest of which counts; with one, samples do not vary (meta_generator)"""
+
+
+@dataclasses.dataclass(frozen=True)
 class InnerConfig:
     """How a task is adapted to."""
 
     steps: int | None = None
-    """gradient steps of the inner loop; 0 for learners that read a head off the support, 5 for others if not given"""
+    """gradient steps of the inner loop; if not given, 0 for learners that read a head or a prior off the support and
+    for amortised conditional models, 5 for others"""
     moves: tuple[str, ...] = ("auto",)
     """players that move inside, or all (an unknown name is answered with those there are); auto: context and prior
-    (vae), the contexts of both sides (gan), all where there is no context; except for reptile (all), anil (prior of
-    a vae, heads of a gan and a classifier, translators of cycle, decoder of aae, discriminator and generator of bigan),
-    boil (what ordinary training moves, without that) and cavia (the contexts, from zero)"""
+    (vae), the contexts of both sides (gan), modulation and context (conditional models), all where there is no context;
+    except for reptile (all), anil (prior of a vae, last layer of a conditional model, heads of a gan and a classifier,
+    translators of cycle, decoder of aae, discriminator and generator of bigan), boil (what ordinary training moves,
+    without that) and cavia (the contexts, from zero)"""
     rates: Literal["auto", "fixed", "per_step", "per_element_and_step", "per_parameter"] = "auto"
     """auto: learned per element and step, except for reptile, joint, cavia, imaml, regressed, learned_optimizer and
     classifiers (fixed) and meta_sgd (per parameter)"""
     rate: float | None = None
-    """initial inner rate of network weights; 0.1 (classifier), 1e-3 (others) if not given"""
+    """initial inner rate of network weights; 0.1 (classifier, flow), 1e-3 (others) if not given"""
     fast_rate: float | None = None
-    """initial inner rate of the prior and of contexts; 0.1 (vae), 1.0 (classifier), 0.02 (others) if not given"""
+    """initial inner rate of the prior and of contexts; 0.1 (vae), 1.0 (classifier, flow), 0.02 (others) if not given"""
     strength: float = 1.0
     """of the proximal term that holds a task near the meta-parameters, in units of the loss (imaml)"""
     rule: Literal["mlp", "lstm"] = "mlp"
@@ -156,9 +185,9 @@ class OuterConfig:
     tasks: int = 16
     """tasks per meta-step"""
     rate: float | None = None
-    """peak rate of Adam; 1e-3 (vae), 2e-3 (classifier), 3e-4 (others) if not given"""
+    """peak rate of Adam; 1e-3 (vae), 2e-3 (classifier, conditional models), 3e-4 (others) if not given"""
     momentum: float | None = None
-    """decay of Adam's first moment; 0.9 (vae, classifier), 0.5 (others) if not given"""
+    """decay of Adam's first moment; 0.5 (gan, cycle, aae, bigan), 0.9 (others) if not given"""
     rate_of_rates: float = 2e-2
     """peak rate of the learned inner log-rates"""
     warmup: int = 50
@@ -169,9 +198,10 @@ class OuterConfig:
     """of the exponential moving average of the meta-parameters, which is what is evaluated"""
     warm_start: int | None = None
     """steps of ordinary joint training before meta-training begins; 0 begins with random weights, and is all that a
-    classifier can have (labels mean something within a task only); 2000 (others) if not given"""
+    classifier can have (labels mean something within a task only); if not given, 0 for amortised conditional models,
+    500 (autoregressive, flow), 2000 (others)"""
     warm_start_rate: float | None = None
-    """peak rate of Adam in joint training; 2e-3 (vae), 3e-4 (others) if not given"""
+    """peak rate of Adam in joint training; 3e-4 (gan, cycle, aae, bigan), 2e-3 (others) if not given"""
     task_chunk: int | None = None
     """tasks vmapped at a time; fewer use less memory; chosen by device and size if not given"""
 
@@ -231,6 +261,7 @@ class TrainConfig:
     inner: InnerConfig = InnerConfig()
     outer: OuterConfig = OuterConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
+    conditional: ConditionalConfig = ConditionalConfig()
     generated: GeneratedConfig = GeneratedConfig()
     choice: ChoiceConfig = ChoiceConfig()
     shots: tuple[int, int] = (5, 5)

@@ -9,6 +9,7 @@ from metagen_jax.config.defaults import resolve
 from metagen_jax.config.records import (
     AdversarialConfig,
     ChoiceConfig,
+    ConditionalConfig,
     DataConfig,
     GeneratedConfig,
     InnerConfig,
@@ -47,7 +48,11 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
             "adversarial": AdversarialConfig,
         }
         parts: dict[str, Any] = {name: record(**_tuples(values.pop(name))) for name, record in nested.items()}
-        later = {"generated": GeneratedConfig, "choice": ChoiceConfig}  # which runs of an earlier version do not have
+        later = {  # which runs of an earlier version do not have
+            "generated": GeneratedConfig,
+            "choice": ChoiceConfig,
+            "conditional": ConditionalConfig,
+        }
         parts |= {name: record(**_tuples(values.pop(name, {}))) for name, record in later.items()}
         return resolve(TrainConfig(**parts, **_tuples(values)))  # whatever an earlier version did not know of
     except (KeyError, TypeError) as error:

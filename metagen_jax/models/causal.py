@@ -45,7 +45,7 @@ class CausalNetwork(NamedTuple):
     features: Callable[..., Array]  # the same, before the last layer: [N, H, W, F]
     cache: Callable[[int], ArrayTree]  # num -> the cache before the first pixel
     step: Callable[..., tuple[Array, ArrayTree]]  # (..., cache, i, j, extra) -> logits [N], the cache with this pixel
-    put: Callable[[ArrayTree, int, int, Array], ArrayTree]  # (cache, i, j, x [N]) -> the cache that knows x_ij
+    put: Callable[[ArrayTree, Array, Array, Array], ArrayTree]  # (cache, i, j, x [N]) -> the cache that knows x_ij
 
 
 def nothing(block: int, h: Array) -> Array:

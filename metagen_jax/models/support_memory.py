@@ -1,0 +1,85 @@
+"""A support as a memory that is read by similarity: one row for each example, and one row for having seen none.
+
+    row m:  key k_m [D], value v_m [V], weight w_m
+    r(q) = sum_m a_m v_m,   a_m = w_m exp(q . k_m / sqrt(D)) / sum_i w_i exp(q . k_i / sqrt(D))
+
+The pseudo-input is a learned row of weight one beside those of the support. It gives a query that resembles nothing in
+the support something else to look at, it lets one example count for less than all, and it is all there is to read where
+there is no support. Without it, one example is read whatever the query is, and nothing at all is read as zero.
+
+A weight says how often a row is there, and is data: no gradient passes through it, so that gradient steps that move a
+memory move its keys and values, and never fill rows that are padding. The order of the rows is of no consequence.
+
+Sources: Vinyals et al., Matching Networks for One Shot Learning, 2016 (reading by similarity); Bartunov & Vetrov,
+Few-shot Generative Modelling with Generative Matching Networks, 2018 (the pseudo-input).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metagen_jax.types import Array, ArrayTree, Examples
+
+
+class Rows(NamedTuple):
+    """All rows that can be read: the pseudo-input first, where there is one."""
+
+    keys: Array  # [M, D]
+    values: Array  # [M, V]
+    weight: Array  # [M], 0 marks padding
+
+
+def init_pseudo(num_keys: int, num_values: int) -> ArrayTree:
+    """Return the pseudo-input as learning finds it, as alike to every query as to any other, and saying nothing."""
+    return {"key": jnp.zeros(num_keys), "value": jnp.zeros(num_values)}
+
+
+def remember(encode: Callable[[Array], Array], num_keys: int, support: Examples) -> ArrayTree:
+    """Return the memory of a support, {"keys": [M, D], "values": [M, V], "weight": [M]}, or {} if M = 0.
+
+    Args:
+        encode: x [M, *event] -> key and value [M, D + V]. What stands in padded rows does not reach it.
+        num_keys: D.
+        support: M examples.
+    """
+    if not support.weight.shape[0]:
+        return {}
+    present = (support.weight > 0).reshape(-1, *[1] * (support.x.ndim - 1))
+    made = encode(jnp.where(present, support.x, 0))
+    return {"keys": made[:, :num_keys], "values": made[:, num_keys:], "weight": support.weight}
+
+
+def rows(memory: ArrayTree, pseudo: ArrayTree | None, num_keys: int, num_values: int) -> Rows:
+    """Return the rows of a memory, behind the pseudo-input if there is one; the memory {} has none."""
+    if pseudo is None:
+        found = Rows(jnp.zeros((0, num_keys)), jnp.zeros((0, num_values)), jnp.zeros(0))
+    else:
+        key, value = pseudo["key"], pseudo["value"]
+        found = Rows(key[None], value[None], jnp.ones(1, value.dtype))
+    if not memory:
+        return found
+    stored = Rows(memory["keys"], memory["values"], jax.lax.stop_gradient(memory["weight"]))
+    return Rows(*(jnp.concatenate(pair) for pair in zip(found, stored, strict=True)))
+
+
+def similarity(queries: Array, keys: Array) -> Array:
+    """Return q . k / sqrt(D) [N, M], for queries [N, D] and keys [M, D]."""
+    return queries @ keys.T / keys.shape[1] ** 0.5
+
+
+def read(stored: Rows, queries: Array) -> Array:
+    """Return what queries [N, D] read, [N, V]: zero where there is no row at all.
+
+    Example:
+        >>> stored = Rows(jnp.zeros((2, 3)), jnp.array([[1.0], [9.0]]), jnp.array([1.0, 0.0]))
+        >>> read(stored, jnp.ones((1, 3))).tolist()
+        [[1.0]]
+    """
+    present = (stored.weight > 0)[None]
+    alike = jnp.where(present, similarity(queries, stored.keys), -jnp.inf)
+    largest = jax.lax.stop_gradient(alike.max(1, keepdims=True, initial=-jnp.inf))  # cancels: for range only
+    attention = stored.weight[None] * jnp.exp(alike - jnp.where(jnp.isfinite(largest), largest, 0.0))
+    total = attention.sum(1, keepdims=True)
+    return attention @ stored.values / jnp.where(total > 0, total, 1.0)
