@@ -1,9 +1,10 @@
 """Likelihood of images given some of their class, as a function of the number of shots: conditional, and of whole sets.
 
-The images of a class are put in a random order x_1, x_2, ..., x_n without replacement. At every number of shots t the
-support is x_1..x_t and the query the same last images, so the shots of one episode differ in nothing else:
+The images of a class are put in a random order without replacement: the query, then x_1, x_2, ... At every number of
+shots t the support is x_1..x_t and the query the same, whatever the largest number is, so the shots of one episode
+differ in nothing else:
 
-    conditional    log p(x_query | x_1..x_t),    x_query never among the first t
+    conditional    log p(x_query | x_1..x_t),    x_query never among them
     of a set       1/K sum_{t < K} log p(x_{t+1} | x_1..x_t),    nats per image
 
 The second is a joint likelihood of a set of K images for any model, by the chain rule, in the order drawn. It is the
@@ -82,15 +83,17 @@ def shot_curve(
         ValueError: no shots or negative ones, or more than a class has images.
     """
     asked = _checked(shots)
-    family = episodes_of(images, int(asked.max()), query)
+    if query < 1:
+        raise ValueError(f"expected at least one query image, got query={query}")
+    family = episodes_of(images, query, max(1, int(asked.max())))  # the first to be drawn are the query
 
     def one(meta: Params, data: Any, key: Key, spec: Spec) -> tuple[Array, Array]:
         make_key, score_key = jax.random.split(key)
-        task = family.make(data, make_key, spec)
-        weight = task.query.weight / task.query.weight.sum()
+        asked_of, known = family.make(data, make_key, spec)
+        weight = asked_of.weight / asked_of.weight.sum()
 
         def at(count: Array) -> tuple[Array, Array]:
-            values = score(meta, jax.random.fold_in(score_key, count), first(task.support, count), task.query.x)
+            values = score(meta, jax.random.fold_in(score_key, count), first(known, count), asked_of.x)
             return (weight * values[0]).sum(), (weight * values[1]).sum()
 
         return jax.lax.map(at, jnp.asarray(asked))

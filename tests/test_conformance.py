@@ -266,6 +266,14 @@ def test_every_learner_and_every_model_conforms(learner, model):
     assert along == jax.tree.map(lambda leaf: leaf.shape, path)
 
 
+@pytest.mark.parametrize("model", {**MODELS, **READERS})
+def test_no_two_initial_parameters_are_one_array(model):
+    """Training donates them, and the same buffer cannot be donated twice."""
+    made = READERS[model]().model if model in READERS else MODELS[model]()[0]
+    leaves = jax.tree.leaves(made.init(jax.random.key(0)))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 @pytest.mark.parametrize("model", READERS)
 def test_every_model_that_reads_its_support_does_so_and_goes_on_by_gradient_steps(model):
     """What was read and what moves get a gradient through the query; padding of the support is not read."""

@@ -48,6 +48,13 @@ def test_the_query_is_never_in_the_support_and_the_support_of_fewer_shots_is_in_
     np.testing.assert_allclose(curve.best, np.broadcast_to(curve.best[:, :1], curve.best.shape))
 
 
+def test_the_queries_do_not_depend_on_the_largest_number_of_shots():
+    meta, key = {"offset": 0.0}, jax.random.key(3)
+    few = shot_curve(counting, tiny_images(), meta, SPECS, jax.random.clone(key), shots=(1,), query=2)
+    many = shot_curve(counting, tiny_images(), meta, SPECS, jax.random.clone(key), shots=(1, 6), query=2)
+    np.testing.assert_array_equal(few.best[:, 0], many.best[:, 0])
+
+
 def test_padding_a_support_to_the_largest_number_of_shots_is_the_short_support():
     built = tiny_vae()
     learner = mg.amortised(built.model, latent_prototypes(built), mg.fixed(optax.sgd(0.05)), 2, players=("prior",))

@@ -1,6 +1,7 @@
 """From a configuration to functions: data and splits, model, learner, outer rule, the meta-step."""
 
 from metagen_jax.build.choice import choice, weighted
+from metagen_jax.build.conditional import Conditional, WithDensity
 from metagen_jax.build.data import TRANSLATION, Part, Parts, family, pairs_of_domains, parts, specs, take
 from metagen_jax.build.generated import Trained, generator, trained_generator, with_generated
 from metagen_jax.build.learners import dynamics, learner, moving, outer, sgd
@@ -10,11 +11,13 @@ from metagen_jax.build.trainings import Training, meta_step, training, training_
 __all__ = [
     "TRANSLATION",
     "Built",
+    "Conditional",
     "Part",
     "Parts",
     "Roles",
     "Trained",
     "Training",
+    "WithDensity",
     "choice",
     "dynamics",
     "family",

@@ -14,10 +14,13 @@ from metagen_jax.models.networks import Network, conv_decoder, conv_encoder, gel
 from metagen_jax.models.set_encoders import SetEncoder, attention_pooled, mean_pooled
 from metagen_jax.models.statistician import Statistician, dense_statistician
 from metagen_jax.models.support_attention import support_attention
+from metagen_jax.models.vae import Vae
 from metagen_jax.models.velocity_networks import conv_velocity, dense_velocity
 
 Event = tuple[int, int, int]
 Conditional = Autoregressive | FlowMatching | Statistician | MatchingNetwork | AddressedMemory | MetaGenerator
+WithDensity = Vae | Autoregressive | FlowMatching | Statistician | MatchingNetwork | AddressedMemory
+"""Models that say how likely an image is."""
 POOLED_HEADS = 4
 READER_CHANNELS = (16, 32)  # of the convolutions that read a support for an autoregressive model
 

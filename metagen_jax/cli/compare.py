@@ -27,7 +27,7 @@ from metagen_jax.cli.protocol import check_options
 from metagen_jax.cli.runs import load
 from metagen_jax.cli.summary import cell
 from metagen_jax.cli.train import META, RUNS, Train, checked, config_of, train_run
-from metagen_jax.config import LEARNERS, TrainConfig, for_learner, given, known
+from metagen_jax.config import CONDITIONAL, LEARNERS, TrainConfig, for_learner, given, known
 from metagen_jax.progress import Progress
 from metagen_jax.report import Line
 from metagen_jax.run_directory import check_free, jsonable, next_path, read_metrics
@@ -45,8 +45,10 @@ class Measure(NamedTuple):
     larger: bool  # whether larger is better
 
 
+LIKELIHOOD = Measure("log-likelihood (exact, IWAE or bound), nats per image (higher is better)", 2, True)
 MEASURES = {
     "vae": Measure("IWAE, nats per image (higher is better)", 2, True),
+    **{model: LIKELIHOOD for model in CONDITIONAL if model != "meta_generator"},
     "cycle": Measure("error of the translation (lower is better)", 4, False),
     "classifier": Measure("accuracy on the queries, % (higher is better)", 1, True),
 }

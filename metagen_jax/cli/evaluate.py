@@ -6,6 +6,7 @@ translations where it translates, and its accuracy where it classifies.
 
 from typing import Any
 
+from metagen_jax import build
 from metagen_jax.cli.labels import evaluate_labels
 from metagen_jax.cli.likelihood import evaluate_likelihood
 from metagen_jax.cli.protocol import Evaluate, check_options
@@ -14,7 +15,6 @@ from metagen_jax.cli.samples import evaluate_samples
 from metagen_jax.cli.translation import evaluate_translation
 from metagen_jax.models.classifier import Classifier
 from metagen_jax.models.cycle import CycleGan
-from metagen_jax.models.vae import Vae
 
 __all__ = ["Evaluate", "evaluate_run", "run"]
 
@@ -31,7 +31,7 @@ def run(arguments: Evaluate) -> None:
 def evaluate_run(finished: Finished, options: Evaluate) -> dict[str, Any]:
     """Evaluate, write evaluation.json, evaluation.md and the figures, and return what is in the first."""
     check_options(options, finished.config.model)
-    if isinstance(finished.built, Vae):
+    if isinstance(finished.built, build.WithDensity):
         return evaluate_likelihood(finished, finished.built.density, options)
     if isinstance(finished.built, CycleGan):
         return evaluate_translation(finished, finished.built, options)

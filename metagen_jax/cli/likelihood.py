@@ -24,6 +24,7 @@ from metagen_jax.cli.runs import Finished, load_data
 from metagen_jax.cli.summary import FINE_TUNED, NOT_ADAPTED, above, advantages, interval, intervals, lines, markdown
 from metagen_jax.evaluate import Curve, Measure, adaptation_curves, exemplar_scores
 from metagen_jax.metrics.exemplar import fit_exemplars
+from metagen_jax.metrics.likelihood import draws, label
 from metagen_jax.progress import Progress
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Density, Key
@@ -60,8 +61,9 @@ def evaluate_likelihood(finished: Finished, density: Density, options: Evaluate)
             options,
             int(specs.shape[0]),
             "nats per image, larger is better; mean and 95 % bootstrap interval over classes",
-            num_samples=options.num_samples,
-            curve_samples=min(options.num_samples, CURVE_SAMPLES),
+            num_samples=draws(density, options.num_samples),
+            curve_samples=min(draws(density, options.num_samples), CURVE_SAMPLES),
+            likelihood=label(density, draws(density, options.num_samples)),
         ),
         "systems": {name: {"curve": intervals(curves[name]), "table": intervals(tables[name])} for name in curves},
         "reference": NOT_ADAPTED if FINE_TUNED in curves else f"{name} at step 0",
@@ -91,7 +93,8 @@ def _measure(
     programs: dict[Any, Measure],
 ) -> tuple[Curve, Curve]:
     """Return the curve at every step to twice the trained number, and the one at 0, once and twice that number."""
-    few = min(options.num_samples, CURVE_SAMPLES)
+    most = draws(density, options.num_samples)
+    few = min(most, CURVE_SAMPLES)
 
     def curve(steps: tuple[int, ...], num_samples: int) -> Curve:
         which = (id(system.learner), steps, num_samples)  # systems that share a learner share a compiled program
@@ -107,10 +110,10 @@ def _measure(
             return measure(system.meta, specs, jax.random.clone(key), progress.update)
 
     everywhere = curve(tuple(range(2 * trained + 1)), few)
-    if options.num_samples == few:
+    if most == few:
         at = np.array(sorted({0, trained, 2 * trained}))
         return everywhere, Curve(at, everywhere.elbo[:, at], everywhere.iwae[:, at], few)
-    return everywhere, curve((0, trained, 2 * trained), options.num_samples)
+    return everywhere, curve((0, trained, 2 * trained), most)
 
 
 def _copy(data: Parts, finished: Finished, family: TaskFamily, specs: Spec, key: Key) -> np.ndarray | None:

@@ -59,7 +59,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{protocol['classes']} {protocol['part']} classes of {protocol['data']}, {protocol['shots']} shots, "
         f"{protocol['query']} query images, {protocol['meta_steps']} meta-steps; {protocol['unit']}\n"
     ]
-    for bound, title in (("elbo", "ELBO"), ("iwae", f"IWAE-{protocol['num_samples']}")):
+    likelihood = protocol.get("likelihood", f"IWAE-{protocol['num_samples']}")  # older evaluations have no name for it
+    both = (("elbo", "ELBO"), ("iwae", likelihood))
+    for bound, title in both if likelihood.startswith("IWAE") else (("iwae", f"log-likelihood, {likelihood}"),):
         header = [title, *(f"step {step}" for step in chosen), f"gain at {trained}"]
         rows = []
         for name, system in result["systems"].items():

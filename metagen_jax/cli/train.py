@@ -22,6 +22,7 @@ from metagen_jax.config import (
     MODELS,
     AdversarialConfig,
     ChoiceConfig,
+    ConditionalConfig,
     DataConfig,
     GeneratedConfig,
     InnerConfig,
@@ -34,7 +35,7 @@ from metagen_jax.config import (
 from metagen_jax.evaluate import adaptation_curve
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.interval import over_classes
-from metagen_jax.models.vae import Vae
+from metagen_jax.metrics.likelihood import draws
 from metagen_jax.progress import Progress
 from metagen_jax.run_directory import (
     RunDirectory,
@@ -96,6 +97,7 @@ class Train:
     inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
     adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
+    conditional: ConditionalConfig = dataclasses.field(default_factory=ConditionalConfig)
     generated: GeneratedConfig = dataclasses.field(default_factory=GeneratedConfig)
     choice: ChoiceConfig = dataclasses.field(default_factory=ChoiceConfig)
 
@@ -114,7 +116,7 @@ def config_of(arguments: Train) -> TrainConfig:
     if generated.run is not None:  # not `latest`, which will soon be another one
         generated = dataclasses.replace(generated, run=str(find(generated.run).path))
     return TrainConfig(
-        *(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, generated, a.choice),
+        *(a.learner, a.model, data, a.network, a.inner, a.outer, a.adversarial, a.conditional, generated, a.choice),
         *(a.shots, a.query, a.way, a.seed),
     )
 
@@ -209,7 +211,7 @@ def train_run(
                 state = train(step, state, family.data, outer.steps, chunk=CHUNK, on_chunk=on_chunk)
             keep(state)
     report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
-    if short_evaluation and isinstance(built, Vae):
+    if short_evaluation and isinstance(built, build.WithDensity):
         print(_short_evaluation(config, data, built, learner, state.average, jax.random.fold_in(key, SHORT)))
     print(f"next: metagen evaluate {run.path}", flush=True)
     return run
@@ -228,14 +230,13 @@ def _describe(data: Parts) -> str:
 
 
 def _short_evaluation(
-    config: TrainConfig, data: Parts, built: Vae, learner: MetaLearner, meta: Params, key: jax.Array
+    config: TrainConfig, data: Parts, built: build.WithDensity, learner: MetaLearner, meta: Params, key: jax.Array
 ) -> str:
     part, steps = held_out(data), given(config.inner.steps)
     family = build.family(data, part, config.shots, config.query)
     specs = build.specs(data, part, SHORT_CLASSES)
-    curve = adaptation_curve(
-        learner.path, built.density, family, meta, specs, key, steps=(0, steps), num_samples=SHORT_SAMPLES
-    )
+    num = draws(built.density, SHORT_SAMPLES)
+    curve = adaptation_curve(learner.path, built.density, family, meta, specs, key, steps=(0, steps), num_samples=num)
     before, after = curve.elbo[:, 0], curve.elbo[:, -1]
     if len(before) < 2 or not (np.isfinite(before).all() and np.isfinite(after).all()):
         return f"{part} classes: no interval ({np.isfinite(after).sum()} of {len(after)} classes are finite)"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from metagen_jax.types import Array, Density, Key, Params
 
+BOUND_DRAWS = 4
 LABELS = {"exact": "exact", "importance": "IWAE-{num}", "bound": "bound, {num} draws"}
 """What the second number of `bounds` is called, by the kind of the density."""
 
@@ -56,6 +57,18 @@ def bounds(
         return mean, mean if density.kind == "bound" else largest + jnp.log(scaled / num_samples)
 
     return estimate
+
+
+def draws(density: Density, num_samples: int) -> int:
+    """Return how many draws are worth their cost where so many importance samples would be taken.
+
+    An exact density needs one. A bound has no weights that more draws would tighten: a few make its mean.
+
+    Example:
+        >>> draws(Density(lambda params, key, x: x, "bound"), 50)
+        4
+    """
+    return {"exact": 1, "importance": num_samples, "bound": min(num_samples, BOUND_DRAWS)}[density.kind]
 
 
 def label(density: Density, num_samples: int) -> str:

@@ -98,8 +98,7 @@ def causal_network(
         for name, taps, block_key in zip(names, later, keys, strict=True):
             shape = (len(taps) * width, width)
             kernels[name] = jax.random.normal(block_key, shape) / shape[0] ** 0.5
-        ones, zeros = jnp.ones(width), jnp.zeros(width)
-        modulation = {name: {"gain": ones, "bias": zeros} for name in names}
+        modulation = {name: {"gain": jnp.ones(width), "bias": jnp.zeros(width)} for name in names}
         return kernels, modulation, {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros(1)}
 
     def run(kernels: ArrayTree, modulation: ArrayTree, x: Array, place: Array, look: Look, extra: Extra) -> Array:

@@ -43,6 +43,7 @@ from metagen_jax.models.flow_likelihood import (
     dequantised,
     flow_density,
     integrate,
+    log_snr_range,
 )
 from metagen_jax.models.gaussian_paths import GaussianPath, linear, mixture
 from metagen_jax.models.networks import Network, join, split_modulation
@@ -79,6 +80,7 @@ def flow_matching(
     num_levels: int = 16,
     num_values: int = 2,
     dequantise: bool = False,
+    end_snr: float | None = None,
 ) -> FlowMatching:
     """Return the model that a network of noisy images and times makes.
 
@@ -97,6 +99,9 @@ def flow_matching(
         num_values: of a pixel: 2 for binary images, 256 for 8 bits. Counts for densities and `dequantise` only.
         dequantise: train on uniformly filled cells instead of the values themselves, so that the flow has a density
             (`ode_density`, which is then the model's density); samples are then rounded to the values.
+        end_snr: signal to noise where the bound hands over to independent pixels, and None for the default. Every
+            choice is a bound; what is tightest depends on how well the network knows nearly clean images, and is for
+            validation classes to say (binary images: 4 to 16).
 
     Returns:
         Model, density, embed and velocity. `sample` gives images in [0, 1]. The game's metrics are weighted means over
@@ -115,7 +120,7 @@ def flow_matching(
     """
     path = linear() if path is None else path
     event = tuple(event)
-    _check(target, solver, context, encoder, draws, num_steps)
+    _check(target, solver, context, encoder, draws, num_steps, end_snr)
     reader = mean_pooled(encoder) if isinstance(encoder, Network) else encoder
 
     def init(key: Key) -> Params:
@@ -179,7 +184,9 @@ def flow_matching(
         return {"context": params["context"] + read}
 
     players = (*PLAYERS, *(("context", "maps") if context else ()), *(() if reader is None else ("encoder",)))
-    density = bound_density(velocity, path, num_levels=num_levels, num_values=num_values)
+    first, last = log_snr_range(num_values)
+    ends = (first, last if end_snr is None else math.log(end_snr))
+    density = bound_density(velocity, path, num_levels=num_levels, num_values=num_values, log_snr=ends)
     if dequantise:
         density = flow_density(velocity, num_steps, num_values=num_values)
     return FlowMatching(Model(init, cooperative(loss, players), sample), density, embed, velocity)
@@ -199,7 +206,9 @@ def spread_times(key: Key, weight: Array) -> Array:
     return jnp.mod(offset + (jnp.cumsum(counts) - counts) / jnp.maximum(counts.sum(), 1), 1)
 
 
-def _check(target: str, solver: str, context: int, encoder: Any, draws: int, num_steps: int) -> None:
+def _check(
+    target: str, solver: str, context: int, encoder: Any, draws: int, num_steps: int, end_snr: float | None
+) -> None:
     if target not in get_args(Target) or solver not in get_args(Solver):
         raise ValueError(
             f"expected a target of {get_args(Target)} and a solver of {get_args(Solver)}, got {target!r}, {solver!r}"
@@ -209,6 +218,8 @@ def _check(target: str, solver: str, context: int, encoder: Any, draws: int, num
             f"expected context >= 0, draws >= 1 and num_steps >= 1, got context={context}, draws={draws}, "
             f"num_steps={num_steps}"
         )
+    if end_snr is not None and not end_snr > 0:
+        raise ValueError(f"end_snr is a ratio of variances, so it must be positive, got {end_snr}")
     if encoder is not None and not context:
         raise ValueError("an encoder fills the context, so it needs context > 0; got an encoder and context=0")
 
