@@ -194,8 +194,11 @@ def likelihood_accuracy(
         make_key, score_key = jax.random.split(key)
         task = family.make(data, make_key, spec)
         by_class = jax.tree.map(lambda leaf: leaf.reshape(way, shots, *leaf.shape[1:]), task.support)
-        keys = jax.random.split(score_key, way)
-        _, said = jax.lax.map(lambda pair: score(meta, pair[0], pair[1], task.query.x), (keys, by_class))
+
+        def of_class(pair: tuple[Array, Examples]) -> Array:
+            return score(meta, jax.random.fold_in(score_key, pair[0]), pair[1], task.query.x)[1]
+
+        said = jax.lax.map(of_class, (jnp.arange(way), by_class))
         return ((said.argmax(0) == task.query.label).mean(),)
 
     many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)))
