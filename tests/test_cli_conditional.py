@@ -122,6 +122,17 @@ def test_a_run_of_a_version_without_conditional_models_can_be_read():
     assert from_json(json.dumps(text)).conditional == ConditionalConfig()
 
 
+def test_a_flow_s_likelihood_is_called_a_bound(place):
+    run = place.root / "flow"
+    options = ["--outer.warm-start", "2", "--inner.steps", "1", "--network.context", "2"]
+    trained = command("train", "maml", "flow", "--data", place.data, "--out", run, *TINY[:-5], *options)
+    assert trained.code == 0, trained.err
+    evaluated = command("evaluate", run, "--shots", "1", "--no-baselines", "--classes", "2", "--num-samples", "50")
+    assert evaluated.code == 0, evaluated.err
+    assert "log-likelihood, bound, 4 draws" in evaluated.out
+    assert "IWAE" not in evaluated.out
+
+
 def _support(num):
     """Return the shapes of so many examples."""
     numbers = jax.ShapeDtypeStruct((num,), np.float32)
