@@ -101,12 +101,13 @@ MEAN = ConditionalConfig(reader="mean")
 ROWS = {
     "autoregressive": _pixels("joint"),
     "autoregressive, mean": _pixels("amortised", conditional=MEAN, labels=True),
-    "autoregressive, attention": _pixels("amortised", labels=True),
+    "autoregressive, attention": _pixels("amortised", conditional=ConditionalConfig(reader="attention"), labels=True),
+    "autoregressive, aligned": _pixels("amortised", labels=True),
+    "autoregressive, aligned, then 3 steps": _pixels(
+        "amortised", begin="autoregressive, aligned", steps=3, labels=True
+    ),
     "autoregressive, MAML": _pixels("maml", begin="autoregressive", steps=3, labels=True),
     "autoregressive, learned loss": _pixels("learned_loss", begin="autoregressive", steps=3),
-    "autoregressive, mean, then 3 steps": _pixels(
-        "amortised", begin="autoregressive, mean", steps=3, conditional=MEAN, labels=True
-    ),
     "VAE": Row("joint", "vae", DENSE),
     "VAE, MAML": Row("maml", "vae", DENSE, begin="VAE", steps=5, rate=1e-3, labels=True),
     "VAE, prototypes": Row("prototypes", "vae", DENSE, begin="VAE", rate=1e-3),
@@ -156,7 +157,7 @@ def settings(config: Config, row: Row, data_dir: str, num_steps: int, seed: int)
             inner,
             outer,
             conditional=row.conditional,
-            shots=config.shots,
+            shots=(0, 0) if row.learner == "joint" else config.shots,  # whose batch is the query alone
             query=config.query,
             seed=seed,
         )

@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 
 def test_a_density_that_reads_is_trained_and_evaluated_with_its_exact_likelihood(place):
     config = json.loads((place.run / "config.json").read_text())
-    assert config["conditional"]["reader"] == "attention"
+    assert config["conditional"]["reader"] == "aligned"
     assert (config["inner"]["steps"], config["outer"]["warm_start"]) == (0, 0)
     assert "nats per image" in place.trained.out
     finished = load(place.run)

@@ -17,10 +17,10 @@ from metagen_jax.config import LEARNERS as OFFERED_LEARNERS
 from metagen_jax.config import MODELS as OFFERED_MODELS
 from metagen_jax.dynamics import alternating
 from metagen_jax.models.adversarial import gradient_penalty, least_squares, non_saturating, wasserstein
+from metagen_jax.models.aligned_attention import aligned_attention
 from metagen_jax.models.learned_losses import with_learned_loss
 from metagen_jax.models.networks import gelu, mlp, mlp_features
 from metagen_jax.models.set_encoders import mean_pooled
-from metagen_jax.models.support_attention import support_attention
 from metagen_jax.models.velocity_networks import dense_velocity
 
 STEPS = 2
@@ -101,7 +101,7 @@ def _alone(build_it):
 READERS = {
     "autoregressive": lambda: _autoregressive(
         encoder=mean_pooled(mlp(EVENT, (), (2,))),
-        attention=support_attention(EVENT, 1, hidden=(2,), width=2),
+        attention=aligned_attention(EVENT, 1, hidden=(2,), width=2),
         looks=(0,),
     ),
     "flow_matching": lambda: _flow(encoder=mean_pooled(mlp(EVENT, (), (2,)))),

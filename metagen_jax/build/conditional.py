@@ -3,6 +3,7 @@
 from typing import cast
 
 from metagen_jax.config import ModelConfig, TrainConfig
+from metagen_jax.models.aligned_attention import aligned_attention
 from metagen_jax.models.autoregressive import Autoregressive, autoregressive
 from metagen_jax.models.flow_matching import FlowMatching, flow_matching
 from metagen_jax.models.gaussian_paths import linear, variance_preserving
@@ -60,20 +61,30 @@ def conditional(config: TrainConfig, event: Event, binary: bool, likelihood: Lik
 
 def _autoregressive(config: TrainConfig, event: Event) -> Autoregressive:
     read, reads = config.conditional, config.learner == "amortised"
-    by_patches = reads and read.reader == "attention"
-    context = 0 if by_patches else config.network.context
-    blocks = len(read.dilations)
-    looks = sorted({min(1, blocks - 1), max(0, blocks - 2)}) if by_patches else []
+    looks = _looks(read.reader, len(read.dilations)) if reads else []
+    context = 0 if looks else config.network.context
+    by_mean = reads and read.reader == "mean"
+    attention = None
+    if looks and read.reader == "aligned":
+        attention = aligned_attention(event, len(looks))
+    elif looks:
+        attention = support_attention(event, len(looks), hidden=READER_CHANNELS)
     return autoregressive(
         event,
         read.features,
         read.dilations,
         context=context,
-        encoder=mean_pooled(conv_encoder(event, READER_CHANNELS, context)) if reads and not by_patches else None,
-        attention=support_attention(event, len(looks), hidden=READER_CHANNELS) if by_patches else None,
+        encoder=mean_pooled(conv_encoder(event, READER_CHANNELS, context)) if by_mean else None,
+        attention=attention,
         looks=looks,
         precision=config.network.precision,
     )
+
+
+def _looks(reader: str | None, blocks: int) -> list[int]:
+    """Return the blocks after which pixels look at the support."""
+    first = min(1, blocks - 1)
+    return {"aligned": [first], "attention": sorted({first, max(0, blocks - 2)})}.get(str(reader), [])
 
 
 def _flow(config: TrainConfig, event: Event) -> FlowMatching:

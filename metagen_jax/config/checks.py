@@ -70,7 +70,9 @@ def check(config: TrainConfig) -> TrainConfig:
     for name, (value, smallest) in least.items():
         if not value >= smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    by_patches = config.model == "autoregressive" and config.conditional.reader == "attention"
+    if config.conditional.reader == "aligned" and config.model != "autoregressive":
+        raise ValueError(f"conditional.reader=aligned is for pixels of autoregressive that look; got {config.model}")
+    by_patches = config.model == "autoregressive" and config.conditional.reader != "mean"
     by_rows = config.model in ("matching_network", "addressed_memory", "meta_generator")
     if config.learner == "amortised" and not (config.network.context or by_patches or by_rows):
         raise ValueError("amortised reads the support into the context, so it needs context > 0; got network.context=0")

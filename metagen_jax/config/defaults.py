@@ -38,7 +38,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         warm_start=0 if classifies or (conditional and config.learner == "amortised") else begins,
         warm_start_rate=2e-3 if is_vae or conditional else 3e-4,
     )
-    by = "attention" if config.model == "autoregressive" else "mean" if conditional else None
+    by = "aligned" if config.model == "autoregressive" else "mean" if conditional else None
     read = _filled(config.conditional, reader=by)
     loss: dict[str, Loss] = {"gan": "wasserstein", "cycle": "least_squares"}
     adversarial = _filled(

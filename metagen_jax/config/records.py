@@ -114,14 +114,15 @@ class ConditionalConfig:
     """Models of images given a few others: autoregressive, flow, statistician, matching_network, addressed_memory,
     meta_generator."""
 
-    reader: Literal["mean", "attention"] | None = None
-    """how the support is read by amortised: the mean of what an encoder makes of its images, or attention (of learned
-    queries over images; of every pixel over patches of them for autoregressive); attention (autoregressive), mean
-    (others) if not given"""
+    reader: Literal["mean", "attention", "aligned"] | None = None
+    """how the support is read by amortised: the mean of what an encoder makes of its images; attention, of learned
+    queries over images, or of every pixel over patches of them (autoregressive); or aligned, of every pixel over the
+    images around its own place (autoregressive); aligned (autoregressive), mean (others) if not given"""
     features: int = 32
     """of a pixel (autoregressive)"""
     dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4)
-    """of the blocks of the causal network; attention is after the second and the last but one (autoregressive)"""
+    """of the blocks of the causal network; pixels look at the support after the second one, and with attention once
+    more before the last (autoregressive)"""
     layers: int = 1
     """of codes, each given the one above (statistician)"""
     loss: Literal["predictive", "set"] = "predictive"

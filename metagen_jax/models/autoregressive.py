@@ -6,7 +6,8 @@ The network is a causal one (`models/causal.py`); what it knows of a support set
 its parameters, is read in one or both of two ways:
 
     pooled       a context c = c_0 + e(S), which shifts gains and biases of the blocks and the last bias, by c A, c B
-    attention    a memory of patches, which the pixels look at after some of the blocks (`models/support_attention.py`)
+    attention    a memory of the images, which the pixels look at after some of the blocks: all of it, as patches
+                 (`models/support_attention.py`), or around their own place (`models/aligned_attention.py`)
 
 | player       | what                                                           | size  |
 |--------------|----------------------------------------------------------------|-------|
@@ -17,7 +18,7 @@ its parameters, is read in one or both of two ways:
 | maps         | A, B, linear in the context                                    | large |
 | encoder      | e (if the context is read)                                     | large |
 | attention    | convolutions, keys, values and queries (if there is attention) | large |
-| memory       | the patches of the support, nothing at first                   |       |
+| memory       | keys and values of the support, nothing at first               |       |
 
 All share one loss, the mean of -log p(x) in nats per image. Under MAML with `modulation` and `context` moving, this is
 gradient adaptation of a density; with an inner loss that is learned, `autoregressive_features` are what it sees.
@@ -38,7 +39,7 @@ from metagen_jax.models.convolutions import Precision
 from metagen_jax.models.densities import exact
 from metagen_jax.models.parts import init_maps, moved_by
 from metagen_jax.models.set_encoders import SetEncoder
-from metagen_jax.models.support_attention import SupportAttention, positions
+from metagen_jax.models.support_attention import SupportAttention, Where
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, ArrayTree, Density, Examples, Key, Metrics, Model, Params
 
@@ -117,23 +118,23 @@ def autoregressive(
             output = {**output, "bias": output["bias"] + shift["bias"]}
         return params["network"], modulation, output
 
-    def looking(params: Params, position: Array) -> Extra:
+    def looking(params: Params, where: Where = None) -> Extra:
         if attention is None or not params["memory"]:
             return nothing
 
         def extra(block: int, h: Array) -> Array:
             if block not in layer_of:
                 return nothing(block, h)
-            return attention.attend(params["attention"], params["memory"], layer_of[block], h, position)
+            return attention.attend(params["attention"], params["memory"], layer_of[block], h, where)
 
         return extra
 
     def logits(params: Params, x: Array) -> Array:
-        return network.whole(*moved(params), x, looking(params, positions(height, columns)[None]))
+        return network.whole(*moved(params), x, looking(params))
 
     def features(params: Params, x: Array) -> Array:
         kernels, modulation, _ = moved(params)
-        return network.features(kernels, modulation, x, looking(params, positions(height, columns)[None]))
+        return network.features(kernels, modulation, x, looking(params))
 
     def log_prob(params: Params, x: Array) -> Array:
         said = logits(params, x)
@@ -145,11 +146,11 @@ def autoregressive(
         return -value, {"log_likelihood": value}
 
     def sample(params: Params, key: Key, num: int) -> Array:
-        parts, where = moved(params), positions(height, columns)
+        parts = moved(params)
 
         def one(cache: ArrayTree, number: Array) -> tuple[ArrayTree, Array]:
             i, j = number // columns, number % columns
-            said, cache = network.step(*parts, cache, i, j, looking(params, where[i, j][None]))
+            said, cache = network.step(*parts, cache, i, j, looking(params, (i, j)))
             noise = jax.random.uniform(jax.random.fold_in(key, number), (num,), said.dtype)
             x = (noise < jax.nn.sigmoid(said)).astype(said.dtype)
             return network.put(cache, i, j, x), x

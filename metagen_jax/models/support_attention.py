@@ -30,12 +30,17 @@ FREQUENCIES = (1.0, 2.0, 4.0)  # of positions, in half turns over the image
 POSITION = 4 * len(FREQUENCIES)
 
 
+Where = tuple[Array, Array] | None
+"""Row and column of the one pixel that looks, or None for all pixels at once."""
+
+
 class SupportAttention(NamedTuple):
     """What is read off a support, and how pixels look at it."""
 
     init: Callable[[Key, int], ArrayTree]  # (key, features of a pixel) -> parameters
-    read: Callable[[ArrayTree, Examples], ArrayTree]  # -> {"features": [M * P, F + position], "weight": [M * P]}
-    attend: Callable[[ArrayTree, ArrayTree, int, Array, Array], Array]  # (params, memory, layer, h, position) -> like h
+    read: Callable[[ArrayTree, Examples], ArrayTree]  # -> the memory: keys and values of each layer, and weights
+    # (params, memory, layer, h [N, H, W, F], or [N, F] of one pixel, where) -> what is added to h
+    attend: Callable[[ArrayTree, ArrayTree, int, Array, Where], Array]
 
 
 def support_attention(
@@ -61,54 +66,43 @@ def support_attention(
     grid = tuple(event[:2])
     for _ in hidden:
         grid = tuple(-(-size // 2) for size in grid)
-    places = positions(*grid).reshape(-1, POSITION)
+    places, every = positions(*grid).reshape(-1, POSITION), positions(*event[:2])
 
     def init(key: Key, num_features: int) -> ArrayTree:
         reading_key, key = jax.random.split(key)
-        params: ArrayTree = {}
-        channels = event[2]
-        for index, (size, own_key) in enumerate(zip(hidden, jax.random.split(reading_key, len(hidden)), strict=True)):
-            kernel = jax.random.normal(own_key, (5 if index == 0 else 3,) * 2 + (channels, size))
-            params[f"convolution_{index}"] = {
-                "kernel": kernel * (2 / kernel[..., 0].size) ** 0.5,
-                "bias": jnp.zeros(size),
-            }
-            channels = size
+        params, channels = init_convolutions(reading_key, event[2], hidden), hidden[-1]
         for layer, own_key in enumerate(jax.random.split(key, layers)):
             key_key, value_key, query_key, output_key = jax.random.split(own_key, 4)
             params[f"layer_{layer}"] = {
-                "key": _kernel(key_key, channels + POSITION, width),
-                "value": _kernel(value_key, channels + POSITION, width),
-                "query": _kernel(query_key, num_features + POSITION, width),
-                "output": 0.1 * _kernel(output_key, width, num_features),
+                "key": kernel_of(key_key, channels + POSITION, width),
+                "value": kernel_of(value_key, channels + POSITION, width),
+                "query": kernel_of(query_key, num_features + POSITION, width),
+                "output": 0.1 * kernel_of(output_key, width, num_features),
                 "log_scale": jnp.log(jnp.asarray(scale)),
                 "nothing": jnp.zeros(()),
             }
         return params
 
     def read(params: ArrayTree, support: Examples) -> ArrayTree:
-        x = 2 * support.x - 1
-        for index in range(len(hidden)):
-            layer = params[f"convolution_{index}"]
-            x = gelu(convolve(x, layer["kernel"], 2) + layer["bias"][None, None, None])
+        x = convolved(params, support.x, len(hidden), 2)
         num, patches = x.shape[0], places.shape[0]
         where = jnp.broadcast_to(places[None], (num, *places.shape))
         features = jnp.concatenate([x.reshape(num, patches, x.shape[3]), where], axis=-1)
         rows = features.reshape(num * patches, features.shape[2])
-        return {"features": rows, "weight": jnp.repeat(support.weight, patches)}
+        memory: ArrayTree = {"weight": jnp.repeat(support.weight, patches)}
+        for layer in range(layers):
+            own = params[f"layer_{layer}"]
+            memory[f"layer_{layer}"] = {"keys": unit(rows @ own["key"]), "values": rows @ own["value"]}
+        return memory
 
-    def attend(params: ArrayTree, memory: ArrayTree, layer: int, h: Array, position: Array) -> Array:
-        own = params[f"layer_{layer}"]
-        place = jnp.broadcast_to(position, (*h.shape[:-1], POSITION))
-        query = _unit(jnp.concatenate([gelu(h), place], axis=-1) @ own["query"])
-        keys, values = _unit(memory["features"] @ own["key"]), memory["features"] @ own["value"]
-        weight = memory["weight"]
-        known = weight > 0
-        bias = jnp.where(known, jnp.log(jnp.where(known, weight, 1.0)), -jnp.inf)
-        logits = jnp.exp(own["log_scale"]) * (query @ keys.T) + bias.reshape((1,) * (h.ndim - 1) + bias.shape)
-        empty = jnp.broadcast_to(own["nothing"], (*h.shape[:-1], 1))
-        share = jax.nn.softmax(jnp.concatenate([logits, empty], axis=-1), axis=-1)[..., :-1]
-        return (share @ values) @ own["output"]
+    def attend(params: ArrayTree, memory: ArrayTree, layer: int, h: Array, where: Where = None) -> Array:
+        own, stored = params[f"layer_{layer}"], memory[f"layer_{layer}"]
+        place = every if where is None else every[where]
+        place = jnp.broadcast_to(place[None], (*h.shape[:-1], POSITION))
+        query = unit(jnp.concatenate([gelu(h), place], axis=-1) @ own["query"])
+        bias = log_weight(memory["weight"])
+        logits = jnp.exp(own["log_scale"]) * (query @ stored["keys"].T) + bias.reshape((1,) * (h.ndim - 1) + bias.shape)
+        return (with_nothing(logits, own["nothing"]) @ stored["values"]) @ own["output"]
 
     return SupportAttention(init, read, attend)
 
@@ -130,9 +124,45 @@ def positions(height: int, width: int) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def _unit(x: Array) -> Array:
+def convolved(params: ArrayTree, x: Array, num: int, stride: int) -> Array:
+    """Return what `num` convolutions, `convolution_0` and so on, make of images in [0, 1]."""
+    x = 2 * x - 1
+    for index in range(num):
+        layer = params[f"convolution_{index}"]
+        x = gelu(convolve(x, layer["kernel"], stride) + layer["bias"][None, None, None])
+    return x
+
+
+def init_convolutions(key: Key, channels: int, hidden: Sequence[int]) -> ArrayTree:
+    """Return the first convolution, of 5x5, and the others, of 3x3."""
+    params: ArrayTree = {}
+    for index, (size, own_key) in enumerate(zip(hidden, jax.random.split(key, len(hidden)), strict=True)):
+        kernel = jax.random.normal(own_key, (5 if index == 0 else 3,) * 2 + (channels, size))
+        params[f"convolution_{index}"] = {
+            "kernel": kernel * (2 / kernel[..., 0].size) ** 0.5,
+            "bias": jnp.zeros(size),
+        }
+        channels = size
+    return params
+
+
+def log_weight(weight: Array) -> Array:
+    """Return log w, -inf for padding, with finite gradients."""
+    known = weight > 0
+    return jnp.where(known, jnp.log(jnp.where(known, weight, 1.0)), -jnp.inf)
+
+
+def with_nothing(logits: Array, nothing: Array) -> Array:
+    """Return the softmax over the last axis and one more entry, without the share of that entry."""
+    empty = jnp.broadcast_to(nothing, (*logits.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([logits, empty], axis=-1), axis=-1)[..., :-1]
+
+
+def unit(x: Array) -> Array:
+    """Return vectors of length one, but for a small constant."""
     return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
-def _kernel(key: Key, inputs: int, outputs: int) -> Array:
+def kernel_of(key: Key, inputs: int, outputs: int) -> Array:
+    """Return a random kernel that keeps the size of what it is given."""
     return jax.random.normal(key, (inputs, outputs)) / inputs**0.5

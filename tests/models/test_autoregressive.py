@@ -8,20 +8,27 @@ import pytest
 from problems import finite_difference, flat
 
 import metagen_jax as mg
+from metagen_jax.models.aligned_attention import aligned_attention
 from metagen_jax.models.autoregressive import autoregressive, autoregressive_features
 from metagen_jax.models.causal import causal_network
 from metagen_jax.models.learned_losses import with_learned_loss
 from metagen_jax.models.networks import gelu, mlp
 from metagen_jax.models.set_encoders import mean_pooled
-from metagen_jax.models.support_attention import support_attention
+from metagen_jax.models.support_attention import positions, support_attention
 from metagen_jax.types import Examples, Task
 
 EVENT = (5, 4, 1)
 
 
-def tiny(event=EVENT, *, context=3, looks=(0, 1)):
+ATTENTIONS = {
+    "patches": lambda event, layers: support_attention(event, layers, hidden=(2, 3), width=3),
+    "aligned": lambda event, layers: aligned_attention(event, layers, hidden=(2, 3), width=3, offsets=(-1, 0, 2)),
+}
+
+
+def tiny(event=EVENT, *, context=3, looks=(0, 1), kind="patches"):
     encoder = mean_pooled(mlp(event, (), (context,))) if context else None
-    attention = support_attention(event, len(looks), hidden=(2, 3), width=3) if looks else None
+    attention = ATTENTIONS[kind](event, len(looks)) if looks else None
     return autoregressive(event, 3, (1, 2), context=context, encoder=encoder, attention=attention, looks=looks)
 
 
@@ -45,8 +52,9 @@ def log_prob(built, params, x):
     return built.density.log_weight(params, jax.random.key(0), x)
 
 
-def test_a_logit_depends_on_the_pixels_before_it_alone_and_on_near_ones_in_fact(x64):
-    built = tiny()
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_a_logit_depends_on_the_pixels_before_it_alone_and_on_near_ones_in_fact(x64, kind):
+    built = tiny(kind=kind)
     params = read(built, random_params(built), images(2))
     x = images(1).x
     slope = jax.jacobian(lambda x: built.logits(params, x))(x)[0, :, :, 0, :, :, 0]
@@ -88,8 +96,9 @@ def test_pixel_after_pixel_with_a_cache_is_the_network_at_once(x64):
         cache = network.put(cache, i, j, x[:, i, j, 0])
 
 
-def test_samples_are_those_that_the_uncached_network_would_draw_with_the_same_noise(x64):
-    built = tiny()
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_samples_are_those_that_the_uncached_network_would_draw_with_the_same_noise(x64, kind):
+    built = tiny(kind=kind)
     params = read(built, random_params(built), images(2))
     key, logits = jax.random.key(3), jax.jit(built.logits)
     x = jnp.zeros((6, *EVENT))
@@ -119,8 +128,9 @@ def test_before_training_every_pixel_is_a_fair_coin():
     np.testing.assert_allclose(log_prob(built, params, images(3).x), -20 * np.log(2), rtol=1e-6)
 
 
-def test_an_empty_support_is_no_support_for_attention_and_for_the_context(x64):
-    built = tiny()
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_an_empty_support_is_no_support_for_attention_and_for_the_context(x64, kind):
+    built = tiny(kind=kind)
     params = random_params(built)
     support, x = images(3), images(2, seed=1).x
     plain = log_prob(built, params, x)
@@ -131,8 +141,9 @@ def test_an_empty_support_is_no_support_for_attention_and_for_the_context(x64):
     assert np.abs(log_prob(built, read(built, params, support), x) - plain).min() > 1e-3
 
 
-def test_order_and_padding_of_the_support_change_nothing(x64):
-    built = tiny()
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_order_and_padding_of_the_support_change_nothing(x64, kind):
+    built = tiny(kind=kind)
     params = random_params(built)
     support, x = images(3), images(2, seed=1).x
     expected = log_prob(built, read(built, params, support), x)
@@ -154,20 +165,54 @@ def test_repeating_the_support_counts_as_weighing_it_twice_against_nothing(x64):
     assert np.abs(again - log_prob(built, read(built, params, support), x)).max() > 1e-6
 
 
+def test_aligned_attention_in_loops(x64):
+    event, offsets = (3, 4, 1), (-1, 2)
+    attention = aligned_attention(event, 1, hidden=(2,), width=2, offsets=offsets)
+    params = attention.init(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
+    params["layer_0"]["offset"] = jnp.asarray(rng.normal(size=4))
+    support = images(3, event)._replace(weight=jnp.array([1.0, 2.0, 0.0]))
+    memory, own = attention.read(params, support), params["layer_0"]
+    h = jnp.asarray(rng.normal(size=(2, 3, 4, 3)))
+    layer = params["convolution_0"]
+    convolved = jax.lax.conv_general_dilated(
+        2 * support.x - 1, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    features = np.asarray(gelu(convolved + layer["bias"][None, None, None]))
+    expected = np.zeros(h.shape)
+    for n, i, j in np.ndindex(2, 3, 4):
+        query = np.asarray(gelu(h[n, i, j]) @ own["query"])
+        query = query / np.sqrt((query**2).sum() + 1e-6)
+        logits, values = [float(own["nothing"])], [np.zeros(2)]
+        for o, (row, column) in enumerate(itertools.product(offsets, offsets)):
+            for m, log_weight in ((0, 0.0), (1, np.log(2))):
+                inside = 0 <= i + row < 3 and 0 <= j + column < 4
+                f = features[m, i + row, j + column] if inside else None
+                key = f @ np.asarray(own["key"]) if inside else np.zeros(2)
+                key = key / np.sqrt((key**2).sum() + 1e-6)
+                logits.append(float(np.exp(own["log_scale"])) * query @ key + float(own["offset"][o]) + log_weight)
+                values.append(f @ np.asarray(own["value"]) if inside else np.zeros(2))
+        share = np.exp(logits - np.max(logits))
+        expected[n, i, j] = (share / share.sum()) @ np.asarray(values) @ np.asarray(own["output"])
+    np.testing.assert_allclose(attention.attend(params, memory, 0, h), expected, rtol=1e-4, atol=1e-7)
+    one = attention.attend(params, memory, 0, h[:, 2, 1], (jnp.array(2), jnp.array(1)))
+    np.testing.assert_allclose(one, expected[:, 2, 1], rtol=1e-4, atol=1e-7)
+
+
 def test_attention_to_one_patch_by_hand(x64):
     attention = support_attention((2, 2, 1), 1, hidden=(2,), width=2)
     params = attention.init(jax.random.key(0), 3)
     rng = np.random.default_rng(0)
     memory = attention.read(params, images(1, (2, 2, 1)))
     assert memory["weight"].shape == (1,)
-    h, place = jnp.asarray(rng.normal(size=(1, 3))), jnp.asarray(rng.normal(size=(1, 12)))
+    h, where = jnp.asarray(rng.normal(size=(1, 3))), (jnp.array(1), jnp.array(0))
     own = params["layer_0"]
-    query = jnp.concatenate([gelu(h), place], 1) @ own["query"]
-    key = memory["features"] @ own["key"]
+    query = jnp.concatenate([gelu(h), positions(2, 2)[1, :1]], 1) @ own["query"]
+    key, value = memory["layer_0"]["keys"], memory["layer_0"]["values"]
     cosine = (query * key).sum() / np.sqrt(((query**2).sum() + 1e-6) * ((key**2).sum() + 1e-6))
     share = 1 / (1 + np.exp(-float(jnp.exp(own["log_scale"]) * cosine)))
-    expected = share * memory["features"] @ own["value"] @ own["output"]
-    np.testing.assert_allclose(attention.attend(params, memory, 0, h, place), expected, rtol=1e-10)
+    expected = share * value @ own["output"]
+    np.testing.assert_allclose(attention.attend(params, memory, 0, h, where), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["read and then two steps", "maml"])
@@ -244,3 +289,5 @@ def test_images_with_channels_and_reading_without_a_reader_are_refused():
         plain.embed(params, images(1))
     with pytest.raises(ValueError, match="at least one layer"):
         support_attention(EVENT, 0)
+    with pytest.raises(ValueError, match="one layer and one offset"):
+        aligned_attention(EVENT, 1, offsets=())
