@@ -61,7 +61,7 @@ def train_for(
         make: `make_step`, or another with its arguments.
 
     Returns:
-        What was learned, in a number of meta-steps that is a multiple of `chunk`.
+        What was learned, in a multiple of `chunk` meta-steps where that many fit, and at least two.
 
     Raises:
         ValueError: no time to spend.
@@ -88,7 +88,10 @@ def train_for(
 
     _, times, _ = run(2 * TIMED, TIMED)  # the first dispatch compiles
     per_step = max((times[2] - times[1]) / TIMED, 1e-9)
-    num_steps = chunk * max(1, round(seconds / per_step / chunk))
-    state, times, lost = run(num_steps, chunk)
-    measured = (times[-1] - times[1]) * len(times[1:]) / max(1, len(times) - 2)  # the first chunk compiled
+    num_steps = max(2, round(seconds / per_step))  # a schedule of one step has nowhere to go
+    if num_steps > chunk:
+        num_steps = chunk * round(num_steps / chunk)
+    state, times, lost = run(num_steps, min(chunk, num_steps))
+    alone = len(times) == 2  # one dispatch, which compiled
+    measured = per_step * num_steps if alone else (times[-1] - times[1]) * (len(times) - 1) / (len(times) - 2)
     return Spent(state.average, num_steps, measured, lost)

@@ -20,6 +20,7 @@ import numpy as np
 
 from metagen_jax.adapt.starts import LOG_RATE
 from metagen_jax.build import Training, meta_step, moving, roles
+from metagen_jax.build.conditional import Conditional
 from metagen_jax.build.learned import initialised
 from metagen_jax.config import HEADS, SECOND_ORDER, TrainConfig
 from metagen_jax.cost import Flops, Memory, bytes_at_peak, flops_of
@@ -91,7 +92,7 @@ def players(config: TrainConfig, training: Training) -> list[Player]:
     meta = jax.eval_shape(training.learner.init, jax.random.key(0))
     moves = moving(config, role) if config.inner.steps and config.learner != "joint" else ()
     reads: tuple[str, ...] = ()
-    if config.learner == "amortised" and isinstance(built, Gan):
+    if config.learner == "amortised" and isinstance(built, Gan | Conditional):
         support = jax.eval_shape(lambda: _draw(training, jax.random.key(0)).support)
         reads = tuple(jax.eval_shape(built.embed, meta, support))
     elif config.learner in HEADS:
@@ -100,10 +101,10 @@ def players(config: TrainConfig, training: Training) -> list[Player]:
         reads = initialised(built, role)
 
     def inside(name: str) -> Any:
-        if name not in role.players:
-            return "learned rate" if name.endswith(f"/{LOG_RATE}") else "learned"
         if name in reads:
             return "read, then moves" if name in moves else "read"
+        if name not in role.players:
+            return "learned rate" if name.endswith(f"/{LOG_RATE}") else "learned"
         return "moves" if name in moves else "shared"
 
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in meta.items()}

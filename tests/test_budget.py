@@ -42,6 +42,15 @@ def test_as_many_meta_steps_are_taken_as_fit_into_the_time():
     assert spent.nonfinite_tasks == 0
 
 
+def test_fewer_steps_than_a_dispatch_has_keep_to_the_time_too():
+    learner, family, sampler = problem()
+    asked = []
+    spent = train_for(learner, family, sampler, rule(asked), 1.3, jax.random.key(0), chunk=25, clock=ticking(2.0))
+    assert asked == [10, 3]  # a step takes 0.4 by this clock
+    assert spent.meta_steps == 3
+    np.testing.assert_allclose(spent.seconds, 1.2)
+
+
 def test_what_is_learned_is_what_train_learns_in_as_many_steps():
     learner, family, sampler = problem()
     key = jax.random.key(1)

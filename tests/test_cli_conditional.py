@@ -17,8 +17,7 @@ from metagen_jax.types import Examples
 
 EVENT = (8, 8, 1)
 TINY = [
-    *("--shots", "0", "2", "--query", "2", "--network.hidden", "8", "--network.latents", "3"),
-    *("--network.context", "2", "--outer.tasks", "2", "--outer.warmup", "2", "--outer.steps", "4"),
+    *("--shots", "0", "2", "--query", "2", "--outer.tasks", "2", "--outer.warmup", "2", "--outer.steps", "4"),
     *("--conditional.features", "4", "--conditional.dilations", "1", "2"),
 ]
 
@@ -68,6 +67,11 @@ def test_images_are_made_like_those_of_a_folder(place):
         ("amortised", "matching_network", {"conditional": ConditionalConfig(reader="attention")}, "means nothing to"),
         ("maml", "autoregressive", {"conditional": ConditionalConfig(features=0)}, "features must be at least 1"),
         ("amortised", "statistician", {"network": ModelConfig(network="conv")}, "are dense so far"),
+        ("maml", "statistician", {"network": ModelConfig(context=0)}, "needs network.context >= 1"),
+        ("maml", "autoregressive", {"network": ModelConfig(hidden=(8,))}, "means nothing to autoregressive"),
+        ("joint", "flow", {"conditional": ConditionalConfig(reader="attention")}, "which reads no support"),
+        ("maml", "autoregressive", {"conditional": ConditionalConfig(dilations=())}, "dilations are at least one"),
+        ("amortised", "flow", {"conditional": ConditionalConfig(reader="aligned")}, "pixels of autoregressive"),
         ("cavia", "addressed_memory", {}, "needs a model with a context"),
         ("latent_gaussian", "flow", {}, "reads the head of a classifier"),
     ],
@@ -98,7 +102,9 @@ def test_images_with_greys_are_refused_by_densities_of_binary_images(model):
     ],
 )
 def test_what_is_configured_is_built_and_comes_back_from_its_file(model, conditional):
-    network = ModelConfig(hidden=(4,), latents=2, context=3)
+    sizes = {"hidden": (4,), "latents": 2, "context": 3}
+    unread = {"autoregressive": ("hidden", "latents"), "flow": ("latents",), "matching_network": ("context",)}
+    network = ModelConfig(**{name: size for name, size in sizes.items() if name not in unread.get(model, ())})
     config = check(TrainConfig("amortised", model, network=network, conditional=conditional))
     assert from_json(to_json(config)) == config
     built = build.model(config, EVENT, True)
@@ -106,14 +112,14 @@ def test_what_is_configured_is_built_and_comes_back_from_its_file(model, conditi
     meta = jax.eval_shape(learner.init, jax.random.key(0))
     support = _support(3)
     adapted = jax.eval_shape(lambda meta, support: learner.adapt(meta, jax.random.key(0), support)[0], meta, support)
-    sizes = {
+    shapes = {
         "autoregressive": lambda: meta["network"]["block_0"].shape == (15, 3) and adapted["context"].shape == (3,),
         "flow": lambda: adapted["context"].shape == (3,) and "query" in meta["encoder"],
         "statistician": lambda: set(meta["prior"]) == {"layer_0", "layer_1"},
         "matching_network": lambda: adapted["memory"]["keys"].shape == (3, 5),
         "meta_generator": lambda: adapted["context"].shape == (3,),
     }
-    assert sizes[model]()
+    assert shapes[model]()
 
 
 def test_a_run_of_a_version_without_conditional_models_can_be_read():
@@ -124,7 +130,7 @@ def test_a_run_of_a_version_without_conditional_models_can_be_read():
 
 def test_a_flow_s_likelihood_is_called_a_bound(place):
     run = place.root / "flow"
-    options = ["--outer.warm-start", "2", "--inner.steps", "1", "--network.context", "2"]
+    options = ["--outer.warm-start", "2", "--inner.steps", "1", "--network.context", "2", "--network.hidden", "8"]
     trained = command("train", "maml", "flow", "--data", place.data, "--out", run, *TINY[:-5], *options)
     assert trained.code == 0, trained.err
     evaluated = command("evaluate", run, "--shots", "1", "--no-baselines", "--classes", "2", "--num-samples", "50")

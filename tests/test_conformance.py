@@ -321,8 +321,7 @@ def test_every_public_learner_and_model_has_a_row():
 @pytest.mark.parametrize("model", OFFERED_MODELS)
 @pytest.mark.parametrize("learner", OFFERED_LEARNERS)
 def test_the_command_line_builds_every_learner_with_every_model_or_says_why_not(learner, model):
-    network = ModelConfig(hidden=(4,), latents=2, context=2)
-    config = TrainConfig(learner, model, network=network)
+    config = _configured(learner, model)
     if (reason := _refused(learner, model)) is not None:
         with pytest.raises(ValueError, match=reason):
             _build(config)
@@ -335,6 +334,29 @@ def test_the_command_line_builds_every_learner_with_every_model_or_says_why_not(
     assert set(role.players) <= set(meta) | still
     assert {player for turn in role.turns for player in turn} == set(role.players)
     assert set(role.fast) | set(role.head) | set(role.joint) | set(role.tuned) <= set(role.players)
+
+
+@pytest.mark.parametrize("model", CONDITIONAL)
+@pytest.mark.parametrize("learner", ["reptile", "joint", "boil", "meta_sgd"])
+def test_the_learners_of_the_command_line_move_conditional_models(learner, model):
+    """Everything that is to move has a rate, and everything that is to learn a direction."""
+    config = check(_configured(learner, model))
+    built = build.model(config, EVENT, True)
+    made, role = build.learner(config, built), build.roles(config, built)
+    meta = jax.eval_shape(made.init, jax.random.key(0))
+    direction, _ = jax.eval_shape(made.field, meta, jax.random.key(1), image_task(shots=2, query=2))
+    assert set(role.joint) <= set(direction)
+    scored = {"statistician": {"encoder"}, "matching_network": {"encoder"}, "addressed_memory": {"encoder"}}
+    assert scored.get(model, set()) <= set(role.joint) & set(role.tuned)
+
+
+def _configured(learner, model):
+    """Return a small configuration, of the settings that the model reads."""
+    sizes = {"autoregressive": {"context": 2}, "flow": {"hidden": (4,), "context": 2}}
+    small = {"hidden": (4,), "latents": 2, "context": 2}
+    if model in ("matching_network", "addressed_memory"):
+        small.pop("context")
+    return TrainConfig(learner, model, network=ModelConfig(**sizes.get(model, small)))
 
 
 def _build(config):

@@ -40,6 +40,7 @@ from metagen_jax.types import Field, Game
 
 FIXED_RATES = ("joint", "reptile", "cavia", "imaml", "regressed", "learned_optimizer")
 """Learners whose inner rates are settings, not learned."""
+STILL = "still"
 FIXED_MODELS = ("classifier",)
 """Models whose inner rates are settings unless others are asked for."""
 
@@ -220,9 +221,11 @@ def dynamics(config: AdversarialConfig, role: Roles) -> Dynamics:
 
 
 def sgd(rates: dict[str, float]) -> optax.GradientTransformation:
-    """Return gradient descent with one fixed rate for each player."""
+    """Return gradient descent with one fixed rate for each player; others stay."""
+    rules = {player: optax.sgd(rate) for player, rate in rates.items()}
     return optax.partition(
-        {player: optax.sgd(rate) for player, rate in rates.items()}, lambda params: {name: name for name in params}
+        {**rules, STILL: optax.set_to_zero()},
+        lambda params: {name: name if name in rates else STILL for name in params},
     )
 
 

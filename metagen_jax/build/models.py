@@ -36,13 +36,13 @@ from metagen_jax.models.networks import (
 from metagen_jax.models.presets import conv_gan, mlp_gan
 from metagen_jax.models.structure import STRUCTURE
 from metagen_jax.models.vae import PLAYERS, WITH_CONTEXT, Vae, vae
+from metagen_jax.types import Examples
 
 Event = tuple[int, int, int]
 Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan | Classifier | Conditional
 RELATION_UNITS = 64
 CANDIDATES = {"gelu": gelu, "tanh": jnp.tanh, "linear": lambda z: z}
 GATE_UNITS = 8  # that share a width gate, where all layers can be divided so
-NOT_SCORED = ("encoder", "statistic", "attention", "memory")
 READING = ("context", "maps")
 MEMORY_SLOTS, MEMORY_WIDTH = 128, 64  # slots: as many rows as a 20-way 5-shot support has, and some
 
@@ -133,13 +133,23 @@ def roles(config: TrainConfig, built: Built) -> Roles:
 
 def _roles_of_parts(built: Conditional) -> Roles:
     """Return the roles of a model whose players share one loss: small parts move, what reads a support is apart."""
-    params = jax.eval_shape(built.model.init, jax.random.key(0))
-    players = tuple(player for player in params if player not in NOT_SCORED)
+    players = tuple(player for player in _scored(built) if player != "memory")  # which is empty until it is read
     head = tuple(player for player in players if player.endswith("head"))
     fast = tuple(player for player in players if player == "context")
     joint = tuple(player for player in players if player not in READING)
     small = tuple(player for player in joint if player.endswith("modulation"))
     return Roles(players, fast, head, joint, joint, (players,), (*small, *fast))
+
+
+def _scored(built: Conditional) -> tuple[str, ...]:
+    """Return the players that the game scores; a network that only reads a support is none of them."""
+    key, one = jax.random.key(0), jnp.ones(1)
+    params = jax.eval_shape(built.model.init, key)
+    x = jax.eval_shape(lambda params, key: built.model.sample(params, key, 1), params, key)
+    losses, _ = jax.eval_shape(
+        lambda params, key, x: built.model.game(params, key, Examples(x, jnp.zeros(1, jnp.int32), one)), params, key, x
+    )
+    return tuple(losses)
 
 
 def _gan(config: TrainConfig, event: Event) -> Gan:

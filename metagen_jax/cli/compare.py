@@ -108,7 +108,8 @@ def compare(configs: dict[str, TrainConfig], out: Path, options: Compare) -> dic
         steps[name] = num_meta_steps(config, next(iter(configs.values())), options)
         config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, steps=steps[name]))
         try:
-            directory = train_run(config, out / name, short_evaluation=False, warm_start=warm)
+            begin = warm if given(config.outer.warm_start) else None
+            directory = train_run(config, out / name, short_evaluation=False, warm_start=begin)
         except Divergence as error:
             print(f"{name} diverged and is left out of the table: {error}", flush=True)
             continue

@@ -46,7 +46,8 @@ def evaluate_likelihood(finished: Finished, density: Density, options: Evaluate)
     systems, notes = [System(name, finished.learner, finished.meta, 16)], dict[str, str]()
     if options.baselines:
         score = baselines.elbo_score(density)
-        others, notes = baseline_systems(finished, data, options, baselines.LIKELIHOOD, score)
+        candidates = baselines.likelihood_candidates(config, build.roles(config, finished.built))
+        others, notes = baseline_systems(finished, data, options, candidates, score)
         systems += others
     curves, tables, programs = {}, {}, dict[Any, Measure]()
     for system in systems:

@@ -6,12 +6,14 @@ import math
 from metagen_jax.config.defaults import given, resolve
 from metagen_jax.config.names import (
     ALL_GAMES,
+    CONDITIONAL,
     CONDITIONAL_READ,
     GAMES,
     INNER_READ,
     LEARNERS,
     MEASURED,
     MODELS,
+    NETWORK_READ,
     READS,
     known,
 )
@@ -21,6 +23,7 @@ from metagen_jax.config.records import (
     ConditionalConfig,
     GeneratedConfig,
     InnerConfig,
+    ModelConfig,
     TrainConfig,
 )
 
@@ -73,7 +76,11 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.conditional.reader == "aligned" and config.model != "autoregressive":
         raise ValueError(f"conditional.reader=aligned is for pixels of autoregressive that look; got {config.model}")
     by_patches = config.model == "autoregressive" and config.conditional.reader != "mean"
-    by_rows = config.model in ("matching_network", "addressed_memory", "meta_generator")
+    if config.model in ("statistician", "meta_generator") and not config.network.context:
+        raise ValueError(f"{config.model} knows its support by a vector, so it needs network.context >= 1; got 0")
+    if not config.conditional.dilations or min(config.conditional.dilations) < 1:
+        raise ValueError(f"conditional.dilations are at least one, each >= 1; got {config.conditional.dilations}")
+    by_rows = config.model in ("matching_network", "addressed_memory")
     if config.learner == "amortised" and not (config.network.context or by_patches or by_rows):
         raise ValueError("amortised reads the support into the context, so it needs context > 0; got network.context=0")
     _check_classes(config)
@@ -198,7 +205,19 @@ def _check_read(config: TrainConfig) -> None:
         value = getattr(config.inner, name)
         if value != getattr(InnerConfig(), name) and config.learner not in readers:
             raise ValueError(f"inner.{name}={value} means nothing to {config.learner}; it is for {', '.join(readers)}")
+    if config.model in CONDITIONAL:
+        for name, of_models in NETWORK_READ.items():
+            value = getattr(config.network, name)
+            if config.model not in of_models and value != getattr(ModelConfig(), name):
+                there = f"; it is for {', '.join(of_models)}, vae and others" if of_models else ""
+                raise ValueError(f"network.{name}={value} means nothing to {config.model}{there}")
     usual = resolve(dataclasses.replace(config, conditional=ConditionalConfig())).conditional
+    reads = config.learner == "amortised" or config.model in ("statistician", "meta_generator")
+    if config.model in CONDITIONAL and not reads and resolve(config).conditional.reader != usual.reader:
+        raise ValueError(
+            f"conditional.reader={config.conditional.reader} means nothing to {config.learner}, which reads no "
+            "support; it is for amortised"
+        )
     for name, readers in CONDITIONAL_READ.items():
         value = getattr(resolve(config).conditional, name)
         if config.model not in readers and value != getattr(usual, name):

@@ -57,6 +57,19 @@ CONDITIONAL_READ = {
 }
 """Settings of conditional models, and the models that read them."""
 
+NETWORK_READ = {
+    "network": ("flow", "statistician", "matching_network", "addressed_memory", "meta_generator"),
+    "hidden": ("flow", "statistician", "matching_network", "addressed_memory", "meta_generator"),
+    "latents": ("statistician", "matching_network", "addressed_memory", "meta_generator"),
+    "context": ("autoregressive", "flow", "statistician", "meta_generator"),
+    "likelihood": ("statistician", "matching_network", "addressed_memory"),
+    "beta": ("matching_network", "addressed_memory"),
+    "convolution": ("flow", "matching_network", "addressed_memory", "meta_generator"),
+    "pooling": (),
+    "precision": ("autoregressive", "flow", "matching_network", "addressed_memory", "meta_generator"),
+}
+"""Settings of the network, and the conditional models that read them."""
+
 MEASURED = ("score_softmax", "agreement", "greedy_set", "information", "self_paced")
 """Strategies for choosing tasks that measure candidates."""
 

@@ -120,6 +120,8 @@ def flow_matching(
     """
     path = linear() if path is None else path
     event = tuple(event)
+    if dequantise and end_snr is not None:
+        raise ValueError("end_snr is of the variational bound; a flow of filled cells has the density of its own flow")
     _check(target, solver, context, encoder, draws, num_steps, end_snr)
     reader = mean_pooled(encoder) if isinstance(encoder, Network) else encoder
 

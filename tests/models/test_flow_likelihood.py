@@ -155,6 +155,10 @@ def test_any_network_gives_a_bound_from_any_range(x64):
 
     found = draws_of(wild, linear(), images, 500, num_levels=20, log_snr=(-1.0, 0.5))
     assert np.exp(found.mean(1)).sum() < 1
+    every = np.array(np.meshgrid(*[[-1.0, 1.0]] * IMAGES.shape[1])).reshape(IMAGES.shape[1], -1).T
+    best = velocity_of_denoiser(linear(), finite_images)  # where the first end costs much: without its term, 1.6
+    found = draws_of(best, linear(), every, 500, num_levels=20, log_snr=(0.0, 1.0))
+    assert 0.2 < np.exp(found.mean(1)).sum() < 1
     nothing = draws_of(lambda t, point: -point, linear(), images, 500, num_levels=20, log_snr=(-12.0, -11.0))
     np.testing.assert_allclose(nothing.mean(1), 2 * np.log(0.5), atol=1e-3)  # an end without a signal: all alike
 
