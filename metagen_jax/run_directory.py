@@ -4,22 +4,29 @@
       config.json       the configuration and its provenance: versions, device, digests of the data and of the split
       split.json        which classes train, validate and test (not for procedural data)
       metrics.jsonl     one JSON object for each dispatch of training
+      warm_start/       training states of the joint warm start, until it is done
       checkpoints/      training states, to go on from
       meta.npz          the averaged meta-parameters, to evaluate and to adapt with
       baselines/        what the evaluation trained to compare with
       evaluation.json   likelihoods with intervals
       evaluation.md     the same as a table
       figures/          PNG files
+      finished.json     that training and what follows it are done
 
-A folder that exists is never written into by a new run.
+A folder that exists is never written into by a new run. Every file is written whole or not at all, so that a run that
+was killed can go on; what was written after the last checkpoint is taken back first (`trim`).
 """
 
+import contextlib
+import errno
 import json
+import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +68,16 @@ class RunDirectory(NamedTuple):
         return self.path / "checkpoints"
 
     @property
+    def warm_start(self) -> Path:
+        """The folder of the training states of a joint warm start that is under way."""
+        return self.path / "warm_start"
+
+    @property
+    def finished(self) -> Path:
+        """What was printed after training, once all is done."""
+        return self.path / "finished.json"
+
+    @property
     def meta(self) -> Path:
         """The averaged meta-parameters."""
         return self.path / "meta.npz"
@@ -80,32 +97,43 @@ class Provenance(NamedTuple):
     binary: bool  # whether their pixels are 0 or 1
     data: str | None  # sha256 of the images, None for procedural data
     split: str | None  # sha256 of the split
+    options: Mapping[str, Any] = MappingProxyType({})  # how the run is kept, which changes nothing of what it learns
 
 
-def create(path: Path | str, config: TrainConfig, data: Parts) -> RunDirectory:
-    """Make the folder of a new run, with its configuration and its split.
+def create(
+    path: Path | str, config: TrainConfig, data: Parts, *, options: Mapping[str, Any] = MappingProxyType({})
+) -> RunDirectory:
+    """Make the folder of a new run, with its configuration and its split, all at once.
+
+    Args:
+        path: where; nothing, or an empty folder.
+        config: of the run.
+        data: with the split.
+        options: any JSON, for who goes on with the run.
 
     Raises:
         ValueError: something is there already.
     """
-    run = RunDirectory(Path(path).expanduser())
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise ValueError(
-            f"{run.path} exists already, and a run is never written over; choose another folder with --out"
-        )
-    run.path.mkdir(parents=True, exist_ok=True)
-    if data.images is not None and data.split is not None:
-        splits.write(data.split, data.images, run.split)
+    run = RunDirectory(check_free(path))
     provenance = Provenance(
-        {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        _versions(),
+        _device(),
         data.event,
         data.binary,
         None if data.images is None else digest(data.images),
         None if data.split is None else data.split.digest,
+        dict(options),
     )
     content = {**json.loads(to_json(config)), "provenance": provenance._asdict()}
-    run.config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # A folder that a process killed half-way has left beside the run's place is no run, and in nobody's way.
+    whole = run.path.resolve()
+    making = RunDirectory(whole if whole.is_dir() else whole.with_name(f".{whole.name}.{os.getpid()}.partial"))
+    making.path.mkdir(parents=True, exist_ok=True)
+    if data.images is not None and data.split is not None:
+        splits.write(data.split, data.images, making.split)
+    write(making.config, json.dumps(content, indent=2) + "\n")
+    if making.path != whole:
+        making.path.rename(whole)
     return run
 
 
@@ -179,6 +207,51 @@ def read_config(run: RunDirectory) -> tuple[TrainConfig, Provenance]:
     return from_json(json.dumps(content), where=run.config), provenance
 
 
+def differences(provenance: Provenance) -> list[str]:
+    """Return what is not here as it was where the run was made, a phrase for each."""
+    here = {**_versions(), "the device": _device()}
+    there = {**provenance.versions, "the device": provenance.device}
+    return [f"{name} is {here.get(name)} and was {there[name]}" for name in there if here.get(name) != there[name]]
+
+
+def check_data(run: RunDirectory, data: Parts, provenance: Provenance) -> None:
+    """Raise `ValueError` unless these are the data and the split that the run began with."""
+    if (data.event, data.binary) != (provenance.event, provenance.binary) or (data.images is None) != (
+        provenance.data is None
+    ):
+        raise ValueError(f"these are not the data that {run.path} began with: their images have another form")
+    if data.images is None:
+        return
+    read_split(run, data.images, provenance)
+    if data.split is None or data.split.digest != provenance.split:
+        raise ValueError(
+            f"the classes of {data.images.name} are not split as they were when {run.path} began (config.json or the "
+            "version differs), so it cannot go on; restore it, or train again"
+        )
+
+
+@contextlib.contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Hold a run while the block runs; the system lets it go when the process ends, however it does.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with run.config.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {run.path}; wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def read_split(run: RunDirectory, images: ImageSet, provenance: Provenance) -> Split:
     """Return the run's own split of these images.
 
@@ -194,9 +267,47 @@ def read_split(run: RunDirectory, images: ImageSet, provenance: Provenance) -> S
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line; what is not finite becomes null, arrays become lists."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+    """Append one JSON object as a line, by one write; what is not finite becomes null, arrays become lists.
+
+    Raises:
+        OSError: the line could not be written whole, and none of it is there (a full disk).
+    """
+    line = (json.dumps(jsonable(record), allow_nan=False) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(file).st_size
+        if os.write(file, line) != len(line):
+            os.ftruncate(file, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def trim(run: RunDirectory, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Take lines of metrics.jsonl back, a last one that was cut off among them, and return those that are left.
+
+    Args:
+        run: whose.
+        keep: which stay.
+
+    Raises:
+        ValueError: a line that is not JSON.
+    """
+    records = [record for record in read_metrics(run) if keep(record)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if run.metrics.exists() and run.metrics.read_text(encoding="utf-8") != text:
+        write(run.metrics, text)
+    return records
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
@@ -233,6 +344,14 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _device() -> str:
+    return f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
 
 
 def _version(package: str) -> str:

@@ -232,26 +232,29 @@ def train(
 ) -> TrainState:
     """Take meta-steps until `num_steps` have been taken since the run began.
 
+    Every dispatch takes `chunk` of them but the last, which takes what is left, so that a run that goes on from the end
+    of a dispatch is cut as one that was never interrupted, and two programs are compiled at most.
+
     Args:
         step: of `make_step`.
         state: where to go on from; it is donated.
         data: the family's arrays.
         num_steps: of the whole run.
-        chunk: meta-steps per dispatch; the largest divisor of what is left that is not above it is used.
+        chunk: meta-steps per dispatch, at least one.
         on_chunk: called after each dispatch with the state and the metrics [chunk, ...] as NumPy arrays.
         patience: stop after this many meta-steps in a row in which half of the tasks or more were not finite.
 
     Raises:
+        ValueError: a chunk below one.
         Divergence: with the meta-step, the task and the inner step, and what to do.
     """
-    left = num_steps - int(state.step)
-    if left <= 0:
-        return state
-    size = max(n for n in range(1, min(chunk, left) + 1) if left % n == 0)
-    run, failures = run_chunk(step, size), 0
-    for _ in range(left // size):
-        begin = int(state.step)
-        state, metrics = run(state, data)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    begin, failures = int(state.step), 0
+    run = functools.cache(lambda size: run_chunk(step, size))
+    while begin < num_steps:
+        size = min(chunk, num_steps - begin)
+        state, metrics = run(size)(state, data)
         metrics = jax.device_get(metrics)
         on_chunk(state, metrics)
         for offset in range(size):
@@ -259,6 +262,7 @@ def train(
             failures = failures + 1 if failed else 0
             if failures >= patience:
                 raise Divergence(_advice(begin + offset, {name: value[offset] for name, value in metrics.items()}))
+        begin += size
     return state
 
 

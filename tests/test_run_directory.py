@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +115,69 @@ def test_metrics_survive_values_that_are_not_finite_and_a_line_cut_off(tmp_path)
     run.metrics.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         run_directory.read_metrics(run)
+
+
+def test_lines_after_a_step_and_a_line_cut_off_are_taken_back_and_the_rest_stays_as_it_was(tmp_path):
+    run = run_directory.create(tmp_path / "r", CONFIG, STROKES)
+    assert run_directory.trim(run, lambda record: True) == []
+    assert not run.metrics.exists()
+    for step in (5, 10, 15):
+        run_directory.append(run.metrics, {"step": step, "loss": 0.1 * step, "other": math.inf})
+    whole = run.metrics.read_bytes()
+    with run.metrics.open("a") as file:
+        file.write('{"step": 20, "lo')
+    assert [record["step"] for record in run_directory.trim(run, lambda record: record["step"] <= 15)] == [5, 10, 15]
+    assert run.metrics.read_bytes() == whole
+    run_directory.trim(run, lambda record: record["step"] <= 10)
+    assert run.metrics.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+    assert not list(run.path.glob(".*partial*"))
+
+
+def test_a_record_is_one_write_and_one_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
+    path, writes, write = tmp_path / "metrics.jsonl", [], os.write
+    monkeypatch.setattr("os.write", lambda file, line: writes.append(line) or write(file, line))
+    run_directory.append(path, {"step": 1})
+    assert writes == [b'{"step": 1}\n']
+    monkeypatch.setattr("os.write", lambda file, line: write(file, line[:4]))  # the disk is full
+    with pytest.raises(OSError, match="No space left"):
+        run_directory.append(path, {"step": 2})
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_folder_with_a_configuration_has_everything_that_a_run_begins_with(tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.splits, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_directory.create(tmp_path / "r", CONFIG, data_of())
+    assert not (tmp_path / "r").exists()
+    run = run_directory.create(tmp_path / "r", CONFIG, data_of(), options={"every": 5})
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "split.json"]
+    assert run_directory.read_config(run)[1].options == {"every": 5}
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path):
+    run = run_directory.create(tmp_path / "r", CONFIG, STROKES)
+    refused = pytest.raises(ValueError, match="another process is at work")
+    with run_directory.locked(run), refused, run_directory.locked(run):
+        pass
+    with run_directory.locked(run):
+        pass
+
+
+def test_other_data_splits_and_versions_than_a_run_began_with_are_said(tmp_path):
+    data = data_of()
+    run = run_directory.create(tmp_path / "r", CONFIG, data)
+    _, provenance = run_directory.read_config(run)
+    run_directory.check_data(run, data, provenance)
+    assert run_directory.differences(provenance) == []
+    with pytest.raises(ValueError, match="not the data that"):
+        run_directory.check_data(run, data_of(seed=1), provenance)
+    with pytest.raises(ValueError, match="have another form"):
+        run_directory.check_data(run, STROKES, provenance)
+    with pytest.raises(ValueError, match="are not split as they were"):
+        run_directory.check_data(run, data._replace(split=by_class(data.images, seed=1)), provenance)
+    other = provenance._replace(versions=provenance.versions | {"jax": "0.1"}, device="an abacus")
+    assert [text.split(" and was ")[1] for text in run_directory.differences(other)] == ["0.1", "an abacus"]

@@ -57,14 +57,42 @@ def test_how_many_steps_run_per_dispatch_changes_nothing():
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def test_a_run_interrupted_and_continued_is_the_same_run():
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("until", [3, 6])
+def test_a_run_that_goes_on_from_a_dispatch_is_cut_as_the_whole_one_and_is_the_same_run(until):
+    def run(state, killed_at=None):
+        cuts = []
+
+        def on_chunk(state, metrics):
+            cuts.append((int(state.step), len(metrics["loss"])))
+            if cuts[-1][0] == killed_at:
+                kept.append(jax.tree.map(jnp.copy, state))
+                raise Killed
+
+        return mg.train(step, state, family.data, 8, chunk=3, on_chunk=on_chunk), cuts
+
+    kept = []
     _, family, step, state = _parts()
-    whole = mg.train(step, state, family.data, 6, chunk=2)
+    whole, cuts = run(state)
+    assert cuts == [(3, 3), (6, 3), (8, 2)]
+    with pytest.raises(Killed):
+        run(_parts()[3], until)
+    resumed, rest = run(kept[0])
+    assert rest == [cut for cut in cuts if cut[0] > until]
+    for name in ("meta", "average", "opt"):
+        np.testing.assert_array_equal(flat(getattr(whole, name)), flat(getattr(resumed, name)))
+
+
+def test_two_programs_are_compiled_at_most_and_none_where_nothing_is_left():
     _, family, step, state = _parts()
-    half = jax.tree.map(lambda leaf: leaf, mg.train(step, state, family.data, 4, chunk=2))
-    resumed = mg.train(step, half, family.data, 6, chunk=2)
-    np.testing.assert_array_equal(flat(whole.meta), flat(resumed.meta))
-    np.testing.assert_array_equal(flat(whole.opt), flat(resumed.opt))
+    state = mg.train(chex.assert_max_traces(step, n=2), state, family.data, 11, chunk=3)
+    chex.clear_trace_counter()
+    assert mg.train(chex.assert_max_traces(step, n=0), state, family.data, 11, chunk=3) is state
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        mg.train(step, state, family.data, 20, chunk=0)
 
 
 def test_tasks_in_chunks_or_over_devices_equal_tasks_at_once():

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, compare, critics, evaluate, explore, info, plan, quickstart, train
+from metagen_jax.cli import adapt, compare, critics, evaluate, explore, info, plan, quickstart, resume
+from metagen_jax.cli.interruption import Interrupted
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -20,7 +21,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 Command = (
     Annotated[quickstart.Quickstart, tyro.conf.subcommand("quickstart")]
     | Annotated[plan.Plan, tyro.conf.subcommand("plan")]
-    | Annotated[train.Train, tyro.conf.subcommand("train")]
+    | Annotated[resume.TrainOrResume, tyro.conf.subcommand("train")]
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
@@ -31,7 +32,7 @@ Command = (
 RUN: dict[type, Callable[[Any], None]] = {
     quickstart.Quickstart: quickstart.run,
     plan.Plan: plan.run,
-    train.Train: train.run,
+    resume.TrainOrResume: resume.run,
     evaluate.Evaluate: evaluate.run,
     compare.Compare: compare.run,
     adapt.Adapt: adapt.run,
@@ -42,7 +43,7 @@ RUN: dict[type, Callable[[Any], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 (it failed), 2 (bad input) or 130 (interrupted)."""
+    """Run one command and return the exit code: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RUN[type(command)](command)
     except SystemExit as stop:  # tyro's own: help, or an argument that it cannot read
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except Interrupted as stop:
+        return _end(str(stop), stop.code)
     except KeyboardInterrupt:
         return _end("stopped; what was finished is kept", INTERRUPTED)
     except (ValueError, ImportError, OSError) as error:
