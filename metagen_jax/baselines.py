@@ -28,7 +28,7 @@ from metagen_jax.config import HEADS, TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner, joint
 from metagen_jax.metrics.likelihood import bounds
 from metagen_jax.tasks.family import Spec, TaskFamily
-from metagen_jax.train import TrainState, init_state, make_step, outer_optimizer, train
+from metagen_jax.train import Step, TrainState, init_state, make_step, outer_optimizer, train
 from metagen_jax.types import Array, Density, Key, Metrics, Params, Task
 
 Optimizer = Literal["sgd", "adam"]
@@ -162,11 +162,29 @@ def train_joint(
     Raises:
         Divergence: the loss lost finiteness.
     """
-    learner = build.learner(joint_config(config), built)
-    init_key, state_key = jax.random.split(key)
-    begin = learner.init(init_key) if begin is None else begin
     if num_steps == 0:
-        return begin
+        return first_joint(config, built, key) if begin is None else begin
+    step, state = joint_run(config, family, built, num_steps, key, begin=begin)
+    return train(step, state, family.data, num_steps, on_chunk=on_chunk).average
+
+
+def first_joint(config: TrainConfig, built: build.Built, key: Key) -> Params:
+    """Return the random parameters that joint training begins with."""
+    return build.learner(joint_config(config), built).init(jax.random.split(key)[0])
+
+
+def joint_run(
+    config: TrainConfig,
+    family: TaskFamily,
+    built: build.Built,
+    num_steps: int,
+    key: Key,
+    *,
+    begin: Params | None = None,
+) -> tuple[Step, TrainState]:
+    """Return the step and the first state of the run that `train_joint` takes to its end, with its arguments."""
+    learner, state_key = build.learner(joint_config(config), built), jax.random.split(key)[1]
+    begin = first_joint(config, built, jax.random.clone(key)) if begin is None else begin
     outer = config.outer
     optimizer = outer_optimizer(
         given(outer.warm_start_rate),
@@ -178,8 +196,7 @@ def train_joint(
     lasting = dataclasses.replace(config, outer=dataclasses.replace(outer, steps=num_steps))
     sampler = build.weighted(lasting, family)
     step = make_step(learner, family, sampler, optimizer, average_decay=outer.average_decay)
-    state = init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, begin))
-    return train(step, state, family.data, num_steps, on_chunk=on_chunk).average
+    return step, init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, begin))
 
 
 def joint_config(config: TrainConfig) -> TrainConfig:

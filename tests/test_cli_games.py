@@ -180,7 +180,7 @@ def test_a_translator_is_trained_and_its_error_measured_against_the_truth(place,
         ),
         (["maml", "gan", "--adversarial.critic-steps", "0"], "adversarial.critic_steps must be at least 1, got 0"),
         (["maml", "gan", "--adversarial.mode-seeking", "-1"], "adversarial.mode_seeking must be at least 0"),
-        (["amortised", "vae"], "needs a model that reads its support, so far gan; got vae"),
+        (["amortised", "vae"], "needs a model that reads its support, gan, autoregressive"),
         (["amortised", "gan", "--network.context", "0"], "needs context > 0"),
         (["maml", "cycle", "--network.network", "conv"], "dense so far"),
         (

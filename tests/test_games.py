@@ -74,7 +74,7 @@ def test_both_routes_have_equal_derivatives_for_a_game_whose_jacobian_is_not_sym
 
 
 def test_both_routes_have_equal_derivatives_for_a_vae_with_labels_and_keys_in_its_arguments(x64):
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(jax.random.key(1)))
     batch, key = image_task().support, jax.random.key(2)
     field = vector_field(model.game)

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 
 from metagen_jax import run_directory
-from metagen_jax.baselines import train_joint
 from metagen_jax.build import training
 from metagen_jax.cli import main, resume, warm_start
 from metagen_jax.cli import train as cli_train
 from metagen_jax.cli.interruption import Interrupted, stoppable
 from metagen_jax.config import ChoiceConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
-from metagen_jax.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import crash_test
@@ -208,14 +206,6 @@ def test_resume_of_what_is_no_run_names_the_runs_beside_it(place, capsys):
     assert "runs in" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "expected LEARNER and MODEL" in capsys.readouterr().err
-
-
-def test_the_warm_start_is_joint_training():
-    made, key = training(CONFIG), jax.random.key(3)
-    step, state = warm_start.joint_run(CONFIG, made, 6, key)
-    steps = train(step, state, made.family.data, 6).average
-    expected = train_joint(CONFIG, made.family, made.built, 6, jax.random.clone(key))
-    jax.tree.map(np.testing.assert_array_equal, steps, expected)
 
 
 def test_what_meta_training_begins_with_comes_back_bitwise_with_no_player_more(tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from metagen_jax import build, report
+from metagen_jax.baselines import joint_run
 from metagen_jax.build import Part, Parts, Training
 from metagen_jax.checkpoint import Checkpoints, load_meta, save_meta
 from metagen_jax.cli import warm_start as joint
@@ -290,7 +291,7 @@ def _warm(
         trim(run, lambda record: done is not None and record["phase"] == "warm start")
         return done
     key = jax.random.fold_in(jax.random.key(config.seed), WARM_START)
-    step, state = joint.joint_run(config, training, num_steps, jax.random.clone(key))
+    step, state = joint_run(config, training.family, training.built, num_steps, jax.random.clone(key))
     with Checkpoints(run.warm_start) as checkpoints:
         state = joint.restored(checkpoints, state, warn)
         begin = int(state.step)

@@ -1,41 +1,19 @@
 """What a run begins with: the joint warm start, saved as it goes and when it is done, and a generator of tasks."""
 
-import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from metagen_jax import build
-from metagen_jax.baselines import joint_config
 from metagen_jax.build import Training
 from metagen_jax.checkpoint import Checkpoints, load_meta, save_meta
-from metagen_jax.config import TrainConfig, given
+from metagen_jax.config import TrainConfig
 from metagen_jax.run_directory import RunDirectory
-from metagen_jax.train import Step, TrainState, init_state, make_step, outer_optimizer
+from metagen_jax.train import TrainState
 from metagen_jax.types import Key, Params
-
-
-def joint_run(config: TrainConfig, training: Training, num_steps: int, key: Key) -> tuple[Step, TrainState]:
-    """Return the step and the first state of joint training, as `metagen_jax.baselines.train_joint` takes them."""
-    learner = build.learner(joint_config(config), training.built)
-    init_key, state_key = jax.random.split(key)
-    outer = config.outer
-    optimizer = outer_optimizer(
-        given(outer.warm_start_rate),
-        num_steps,
-        warmup=min(outer.warmup, num_steps - 1),
-        clip=outer.clip,
-        momentum=given(outer.momentum),
-    )
-    lasting = dataclasses.replace(config, outer=dataclasses.replace(outer, steps=num_steps))
-    sampler = build.weighted(lasting, training.family)
-    step = make_step(learner, training.family, sampler, optimizer, average_decay=outer.average_decay)
-    state = init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, learner.init(init_key)))
-    return step, state
 
 
 def restored(checkpoints: Checkpoints, state: TrainState, warn: Callable[[str], None]) -> TrainState:

@@ -51,10 +51,14 @@ _COLUMNS = 16  # of the Jacobian at once
 def log_snr_range(num_values: int = 2) -> tuple[float, float]:
     """Return the default l_0 and l_1: from next to no image to pixels whose level is next to certain.
 
+    Raises:
+        ValueError: fewer than two values of a pixel.
+
     Example:
         >>> [round(level, 1) for level in log_snr_range(2)]
         [-10.0, 2.7]
     """
+    _check_values(num_values)
     return FIRST_LOG_SNR, math.log(_SEPARATION * (num_values - 1) ** 2)
 
 

@@ -95,7 +95,7 @@ def test_the_dual_form_equals_the_plain_one_in_first_order(x64, method):
 
 
 def test_the_dual_form_of_a_vae_equals_the_plain_one(x64):
-    model, _ = tiny_vae(hidden=(5,), context=0)
+    model, *_ = tiny_vae(hidden=(5,), context=0)
     _agree(functools.partial(mg.maml, model, mg.fixed(optax.sgd(0.1)), 2))
 
 
@@ -127,7 +127,7 @@ def test_only_the_dense_layers_of_a_mixed_network_take_the_dual_form(x64):
 def test_every_model_has_dense_layers_that_can_take_the_dual_form():
     gans = tiny_gan(wasserstein(), hidden=(4,), context=0, terms=mg.Terms(gradient_penalty()))
     assert {layer.size for layer in _loop_of(gans.model, 2).layers} == {(36, 4), (4, 1), (2, 4), (4, 36)}
-    vaes, _ = mg.vae(conv_encoder(EVENT, (2,), 4), conv_decoder(2, (2,), EVENT), mg.bernoulli(), 2)
+    vaes, *_ = mg.vae(conv_encoder(EVENT, (2,), 4), conv_decoder(2, (2,), EVENT), mg.bernoulli(), 2)
     assert {layer.size for layer in _loop_of(vaes, 2).layers} == {(18, 4), (2, 18)}
 
 
@@ -156,7 +156,7 @@ def test_adapting_in_the_dual_form_gives_the_same_parameters_and_trace(x64):
 
 
 def test_adapted_kernels_stay_factored_inside_and_are_arrays_outside():
-    model, _ = tiny_vae(hidden=(5,), context=0)
+    model, *_ = tiny_vae(hidden=(5,), context=0)
     adapt = mg.unroll(mg.vector_field(model.game), mg.fixed(optax.sgd(0.1)), 2, form="dual")
     meta, support = model.init(jax.random.key(0)), image_task().support
     inside, _ = jax.eval_shape(compact(adapt), meta, jax.random.key(1), support)
@@ -168,7 +168,7 @@ def test_adapted_kernels_stay_factored_inside_and_are_arrays_outside():
 
 def test_the_input_of_a_first_layer_is_taken_up_once():
     """An encoder sees the same images in every step; its decoder sees other codes."""
-    model, _ = tiny_vae(hidden=(5,), context=0)
+    model, *_ = tiny_vae(hidden=(5,), context=0)
     rows = {layer.size: layer.rows for layer in _loop_of(model, 4).layers}
     num = image_task().support.x.shape[0]
     assert rows[36, 5] == num
@@ -177,7 +177,7 @@ def test_the_input_of_a_first_layer_is_taken_up_once():
 
 def test_auto_takes_the_dual_form_where_it_pays_and_the_plain_one_elsewhere():
     def factored(hidden, steps, **options):
-        model, _ = tiny_vae(hidden=(hidden,), context=0)
+        model, *_ = tiny_vae(hidden=(hidden,), context=0)
         adapt = mg.unroll(mg.vector_field(model.game), mg.fixed(optax.sgd(0.1)), steps, **options)
         meta = jax.eval_shape(model.init, jax.random.key(0))
         made, _ = jax.eval_shape(compact(adapt), meta, jax.random.key(1), image_task().support)
@@ -319,7 +319,7 @@ def test_tasks_on_several_devices_adapt_in_the_dual_form_as_on_one(loop):
 
 
 def test_the_dual_form_says_why_it_does_not_apply():
-    model, _ = tiny_vae(hidden=(5,), context=0)
+    model, *_ = tiny_vae(hidden=(5,), context=0)
     field, start = mg.vector_field(model.game), mg.fixed(optax.sgd(0.1))
     with pytest.raises(ValueError, match="reverse and recomputes nothing, got inner_grad='reverse', remat='step'"):
         mg.unroll(field, start, 2, form="dual", remat="step")
@@ -338,7 +338,7 @@ def test_the_dual_form_says_why_it_does_not_apply():
 
 def test_no_kernel_of_a_single_task_is_in_the_program():
     """The compiled meta-step of the dual form has no array with as many kernels as tasks; the plain form does."""
-    model, _ = mg.vae(mlp(EVENT, (40,), (4,)), mlp((2,), (40,), EVENT), mg.bernoulli(), 2)
+    model, *_ = mg.vae(mlp(EVENT, (40,), (4,)), mlp((2,), (40,), EVENT), mg.bernoulli(), 2)
     tasks, keys = _tasks(7), task_keys(jax.random.key(0), 7)
 
     def program(form):

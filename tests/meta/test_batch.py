@@ -15,7 +15,7 @@ def _batch(num):
 
 
 def _learners():
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     moves = ("prior", "context")
     return {
         "maml": mg.maml(model, mg.per_step(2, 0.05, moves), 2, players=moves),

@@ -126,7 +126,7 @@ def test_a_loop_in_python_gives_the_same_as_the_dual_form(x64):
 
 
 def test_padding_changes_nothing_for_a_vae():
-    model, latent = tiny_vae(hidden=(3,), context=0)
+    model, latent, _ = tiny_vae(hidden=(3,), context=0)
     inner = with_learned_loss(model, vae_features(latent), mlp((6,), (3,), (1,)))
     learner = learned_loss(model, inner, mg.fixed(optax.sgd(1e-2)), 1, players=("prior", "modulation"))
     meta, task = _filled(jax.jit(learner.init)(jax.random.key(0))), image_task(shots=4)

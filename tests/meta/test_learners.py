@@ -133,7 +133,7 @@ SECOND_ORDER = ("maml", "maml_mixed", "maml_momentum", "maml_adam", "maml_plus_p
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_the_meta_gradient_of_a_vae_equals_finite_differences(x64, name):
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     learner = LEARNERS[name](model)
     meta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), learner.init(jax.random.key(1)))
     task = image_task()
@@ -184,7 +184,7 @@ def _padded(task):
 
 
 def test_padding_a_set_does_not_change_what_is_adapted_to():
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     learner, task = LEARNERS["maml_fast"](model), image_task()
     meta = learner.init(jax.random.key(1))
     plain, _ = jax.jit(learner.adapt)(meta, jax.random.key(2), task.support)
@@ -195,7 +195,7 @@ def test_padding_a_set_does_not_change_what_is_adapted_to():
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_conforms(name):
     """Zero-weight padding and other tasks change nothing; the path meets the adapter; the field is finite and moves."""
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     learner = LEARNERS[name](model)
     meta = learner.init(jax.random.key(1))
     task = _padded(image_task())

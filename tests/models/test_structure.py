@@ -146,7 +146,7 @@ def test_the_penalty_is_the_expected_share_of_units_in_use_in_every_loss():
 
 def test_gates_are_a_player_of_a_vae_and_its_loss_is_that_of_the_networks_with_these_gates():
     networks = gated_mlp(EVENT, (4, 4), (4,), CANDIDATES).network, gated_mlp((2,), (4,), EVENT, CANDIDATES).network
-    model, latent = mg.vae(*networks, mg.bernoulli(), 2, context=1)
+    model, latent, _ = mg.vae(*networks, mg.bernoulli(), 2, context=1)
     params, batch = _params(model), image_task().query
     assert set(params["structure"]) == {"encoder", "decoder"}
     assert set(chosen_structure(params["structure"])) == {"encoder/hidden_0", "encoder/hidden_1", "decoder/hidden_0"}
@@ -159,7 +159,7 @@ def test_gates_are_a_player_of_a_vae_and_its_loss_is_that_of_the_networks_with_t
 
     names = ("encoder", "decoder")
     fixed = [closed(net, params["structure"][name]) for net, name in zip(networks, names, strict=True)]
-    other, _ = mg.vae(*fixed, mg.bernoulli(), 2, context=1)
+    other, *_ = mg.vae(*fixed, mg.bernoulli(), 2, context=1)
     rest = {name: tree for name, tree in params.items() if name != "structure"}
     assert jax.tree.structure(jax.eval_shape(other.init, jax.random.key(0))) == jax.tree.structure(rest)
     ours = jax.jit(model.game)(params, jax.random.key(0), batch)[0]
@@ -173,7 +173,7 @@ def test_gates_are_a_player_of_a_vae_and_its_loss_is_that_of_the_networks_with_t
 
 
 def test_models_of_networks_without_gates_have_no_such_player():
-    model, _ = tiny_vae()
+    model, *_ = tiny_vae()
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     losses = jax.eval_shape(model.game, shapes, jax.random.key(0), image_task().query)[0]
     assert "structure" not in shapes
