@@ -58,34 +58,6 @@ class Candidates(NamedTuple):
     scratch_adam: tuple[Rule, ...]
 
 
-PER_PIXEL = 300.0  # times larger rates of descent for losses that are means over pixels
-
-
-def likelihood_candidates(config: TrainConfig, role: build.Roles) -> Candidates:
-    """Return the candidates for models with a likelihood: those of a VAE, or of a model whose loss is another's.
-
-    What is moved alone is what the model has of small parts; losses of flows are means over pixels, not sums.
-    """
-    if config.model == "vae":
-        return LIKELIHOOD
-    scale = PER_PIXEL if config.model == "flow" else 1.0
-    small = tuple(player for player in role.moves if player in role.tuned)
-    of_small = (Rule("adam", rate, small) for rate in (3e-3, 1e-2, 3e-2)) if small else ()
-
-    def scaled(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        return tuple(rule._replace(rate=scale * rule.rate) for rule in rules if rule.players is None)
-
-    return Candidates(
-        (
-            *(scaled(tuple(rule for rule in LIKELIHOOD[0] if rule.optimizer == "sgd"))),
-            *(rule for rule in LIKELIHOOD[0] if rule.optimizer == "adam" and rule.players is None),
-            *of_small,
-        ),
-        scaled(LIKELIHOOD[1]),
-        LIKELIHOOD[2],
-    )
-
-
 LIKELIHOOD = Candidates(
     (
         *(Rule("sgd", rate) for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -97,6 +69,29 @@ LIKELIHOOD = Candidates(
     tuple(Rule("adam", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
 )
 """For losses in nats summed over pixels."""
+
+
+PER_PIXEL = 300.0  # times larger rates of descent for losses that are means over pixels
+
+
+def likelihood_candidates(config: TrainConfig, role: build.Roles) -> Candidates:
+    """Return the candidates for models with a likelihood: a VAE's, or the same fitted to the model's loss and parts.
+
+    What is moved alone are the small parts that the model has; losses of flows are means over pixels, not sums.
+    """
+    if config.model == "vae":
+        return LIKELIHOOD
+    scale = PER_PIXEL if config.model == "flow" else 1.0
+
+    def fitted(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        of_all = (rule for rule in rules if rule.players is None)
+        return tuple(rule._replace(rate=scale * rule.rate) if rule.optimizer == "sgd" else rule for rule in of_all)
+
+    small = tuple(player for player in role.moves if player in role.tuned)
+    of_small = tuple(Rule("adam", rate, small) for rate in (3e-3, 1e-2, 3e-2)) if small else ()
+    return Candidates(
+        (*fitted(LIKELIHOOD.fine_tuning), *of_small), fitted(LIKELIHOOD.scratch_sgd), LIKELIHOOD.scratch_adam
+    )
 
 
 def game_candidates(config: TrainConfig, role: build.Roles) -> Candidates:

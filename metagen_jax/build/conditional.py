@@ -2,7 +2,8 @@
 
 from typing import cast
 
-from metagen_jax.config import ModelConfig, TrainConfig
+from metagen_jax.build.networks import decoder, encoder
+from metagen_jax.config import TrainConfig
 from metagen_jax.models.aligned_attention import aligned_attention
 from metagen_jax.models.autoregressive import Autoregressive, autoregressive
 from metagen_jax.models.flow_matching import FlowMatching, flow_matching
@@ -11,7 +12,7 @@ from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.matching_network import MatchingNetwork, matching_network
 from metagen_jax.models.memory_addressing import AddressedMemory, addressed_memory
 from metagen_jax.models.meta_generator import MetaGenerator, set_conditioned
-from metagen_jax.models.networks import Network, conv_decoder, conv_encoder, gelu, mlp
+from metagen_jax.models.networks import conv_encoder, gelu, mlp
 from metagen_jax.models.set_encoders import SetEncoder, attention_pooled, mean_pooled
 from metagen_jax.models.statistician import Statistician, dense_statistician
 from metagen_jax.models.support_attention import support_attention
@@ -42,14 +43,14 @@ def conditional(config: TrainConfig, event: Event, binary: bool, likelihood: Lik
     if config.model == "statistician":
         return _statistician(config, event, likelihood)
     if config.model == "meta_generator":
-        made = _decoder(network, network.latents + network.context, event)
+        made = decoder(network, network.latents + network.context, event)
         return set_conditioned(
             made, _pooled(config, event, network.context), event, network.latents, best_of=read.best_of
         )
     make = matching_network if config.model == "matching_network" else addressed_memory
     built = make(
-        _encoder(network, event, 2 * read.rows),
-        _decoder(network, network.latents + read.rows, event),
+        encoder(network, event, 2 * read.rows),
+        decoder(network, network.latents + read.rows, event),
         likelihood,
         network.latents,
         num_keys=read.rows,
@@ -125,23 +126,7 @@ def _pooled(config: TrainConfig, event: Event, size: int) -> SetEncoder:
     width = config.network.hidden[-1]
     if config.conditional.reader == "mean":
         then = mlp((width + 1,), (width,), (size,), activation=gelu)
-        return mean_pooled(_encoder(config.network, event, width), then=then, counted=True)
+        return mean_pooled(encoder(config.network, event, width), then=then, counted=True)
     width = -(-width // POOLED_HEADS) * POOLED_HEADS
     then = mlp((width + 1,), (width,), (size,), activation=gelu)
-    return attention_pooled(_encoder(config.network, event, width), width, heads=POOLED_HEADS, then=then, counted=True)
-
-
-def _encoder(config: ModelConfig, event: Event, num_outputs: int) -> Network:
-    if config.network == "mlp":
-        return mlp(event, config.hidden, (num_outputs,), activation=gelu, precision=config.precision)
-    return conv_encoder(
-        event, config.hidden, num_outputs, activation=gelu, form=config.convolution, precision=config.precision
-    )
-
-
-def _decoder(config: ModelConfig, num_inputs: int, event: Event) -> Network:
-    if config.network == "mlp":
-        return mlp((num_inputs,), config.hidden[::-1], event, activation=gelu, precision=config.precision)
-    return conv_decoder(
-        num_inputs, config.hidden, event, activation=gelu, form=config.convolution, precision=config.precision
-    )
+    return attention_pooled(encoder(config.network, event, width), width, heads=POOLED_HEADS, then=then, counted=True)

@@ -1,14 +1,13 @@
 """From a configuration to a model, and what its players are to a learner."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from metagen_jax.build.conditional import Conditional, conditional
+from metagen_jax.build.networks import decoder, encoder, gated
 from metagen_jax.config import CONDITIONAL, AdversarialConfig, ModelConfig, TrainConfig, given
 from metagen_jax.models import classifier as classifiers
 from metagen_jax.models.adversarial import LOSSES, AdversarialLoss, Penalty, gradient_penalty, r1_penalty
@@ -17,17 +16,13 @@ from metagen_jax.models.bidirectional import BidirectionalGan, bidirectional_gan
 from metagen_jax.models.classifier import Classifier, classifier
 from metagen_jax.models.cycle import CycleGan, cycle_gan
 from metagen_jax.models.gan import Gan, Terms, gan
-from metagen_jax.models.gated import gated_mlp
 from metagen_jax.models.heads import Head, linear, matching, prototypes, relation, ridge
 from metagen_jax.models.likelihoods import Likelihood, bernoulli, gaussian
 from metagen_jax.models.memory_heads import attention, memory
 from metagen_jax.models.networks import (
     Network,
-    Normalisation,
-    conv_decoder,
     conv_encoder,
     conv_features,
-    gelu,
     leaky_relu,
     mlp,
     mlp_features,
@@ -41,8 +36,6 @@ from metagen_jax.types import Examples
 Event = tuple[int, int, int]
 Built = Vae | Gan | CycleGan | AdversarialAutoencoder | BidirectionalGan | Classifier | Conditional
 RELATION_UNITS = 64
-CANDIDATES = {"gelu": gelu, "tanh": jnp.tanh, "linear": lambda z: z}
-GATE_UNITS = 8  # that share a width gate, where all layers can be divided so
 READING = ("context", "maps")
 MEMORY_SLOTS, MEMORY_WIDTH = 128, 64  # slots: as many rows as a 20-way 5-shot support has, and some
 
@@ -67,9 +60,14 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
     """
     network, game = config.network, config.adversarial
     if config.model == "vae":
-        encoder, decoder = _pair(network, event, 2 * network.latents)
         likelihood = _likelihood(network, binary)
-        return vae(encoder, decoder, likelihood, network.latents, beta=network.beta, context=network.context)
+        return vae(
+            *_pair(network, event, 2 * network.latents),
+            likelihood,
+            network.latents,
+            beta=network.beta,
+            context=network.context,
+        )
     if config.model == "gan":
         return _gan(config, event)
     if config.model == "classifier":
@@ -87,15 +85,15 @@ def model(config: TrainConfig, event: Event, binary: bool) -> Built:
             identity_weight=game.identity_weight,
             penalty=_penalty(game),
         )
-    encoder, decoder = _pair(network, event, network.latents, leaky=True)
+    pair = _pair(network, event, network.latents, leaky=True)
     judged = network.latents if config.model == "aae" else math.prod(event) + network.latents
     sizes = game.discriminator or network.hidden
     judge = mlp((judged,), sizes, (1,), activation=leaky_relu, precision=network.precision)
     if config.model == "aae":
         return adversarial_autoencoder(
-            encoder, decoder, judge, _likelihood(network, binary), network.latents, weight=game.weight, loss=_loss(game)
+            *pair, judge, _likelihood(network, binary), network.latents, weight=game.weight, loss=_loss(game)
         )
-    return bidirectional_gan(encoder, decoder, judge, network.latents, form=game.form)
+    return bidirectional_gan(*pair, judge, network.latents, form=game.form)
 
 
 def roles(config: TrainConfig, built: Built) -> Roles:
@@ -162,19 +160,22 @@ def _gan(config: TrainConfig, event: Event) -> Gan:
                 event, network.latents, form=network.convolution, precision=network.precision
             )
     else:
-        generator, discriminator = _decoder(network, event, leaky=True), _judge(network, event, game.discriminator)
-    encoder = None
+        generator, discriminator = (
+            decoder(network, network.latents, event, leaky=True),
+            _judge(network, event, game.discriminator),
+        )
+    reader = None
     if config.learner == "amortised":
-        encoder = _encoder(network, event, network.context, leaky=True)
+        reader = encoder(network, event, network.context, leaky=True)
     terms = Terms(_penalty(game), game.mode_seeking, game.made_per_real)
     loss = _loss(game)
-    return gan(generator, discriminator, loss, network.latents, terms=terms, context=network.context, encoder=encoder)
+    return gan(generator, discriminator, loss, network.latents, terms=terms, context=network.context, encoder=reader)
 
 
 def _classifier(config: TrainConfig, event: Event) -> Classifier:
     network = config.network
     if network.network == "gated":
-        body = _gated(network, event, None)
+        body = gated(network, event, None)
     elif network.network == "mlp":
         body = mlp_features(event, network.hidden, precision=network.precision)
     else:
@@ -206,56 +207,7 @@ def _head(learner: str, num_features: int) -> Head:
 
 
 def _pair(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> tuple[Network, Network]:
-    return _encoder(config, event, num_outputs, leaky=leaky), _decoder(config, event, leaky=leaky)
-
-
-def _encoder(config: ModelConfig, event: Event, num_outputs: int, *, leaky: bool = False) -> Network:
-    activation = leaky_relu if leaky else gelu
-    if config.network == "gated":
-        return _gated(config, event, (num_outputs,))
-    if config.network == "mlp":
-        return mlp(event, config.hidden, (num_outputs,), activation=activation, precision=config.precision)
-    return conv_encoder(
-        event,
-        config.hidden,
-        num_outputs,
-        activation=activation,
-        window=3 if leaky else 4,
-        form=config.convolution,
-        precision=config.precision,
-    )
-
-
-def _decoder(config: ModelConfig, event: Event, *, leaky: bool = False) -> Network:
-    activation = leaky_relu if leaky else gelu
-    normalisation: Normalisation = "layer" if leaky else "none"
-    if config.network == "gated":
-        return _gated(dataclasses.replace(config, hidden=config.hidden[::-1]), (config.latents,), event)
-    if config.network == "mlp":
-        return mlp(
-            (config.latents,),
-            config.hidden[::-1],
-            event,
-            activation=activation,
-            normalisation=normalisation,
-            precision=config.precision,
-        )
-    return conv_decoder(
-        config.latents,
-        config.hidden,
-        event,
-        activation=activation,
-        normalisation=normalisation,
-        dense=(4 * config.hidden[-1],) if leaky else (),
-        form=config.convolution,
-        precision=config.precision,
-    )
-
-
-def _gated(config: ModelConfig, event: Sequence[int], output: Sequence[int] | None) -> Network:
-    group = math.gcd(GATE_UNITS, *config.hidden)
-    made = gated_mlp(event, config.hidden, output, CANDIDATES, group=group, precision=config.precision)
-    return made.network
+    return encoder(config, event, num_outputs, leaky=leaky), decoder(config, config.latents, event, leaky=leaky)
 
 
 def _judge(config: ModelConfig, event: Event, hidden: tuple[int, ...] = ()) -> Network:

@@ -42,7 +42,7 @@ from metagen_jax.games import cooperative
 from metagen_jax.models.densities import of_latent
 from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.networks import Network, join, mlp, split_modulation
-from metagen_jax.models.support_memory import Rows, init_pseudo, read, remember, rows
+from metagen_jax.models.support_memory import Rows, checked, init_pseudo, read, remember, rows
 from metagen_jax.models.vae import prior_kl, prior_log_density, prior_sample
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, ArrayTree, Density, Examples, Key, LatentVariable, Metrics, Model, Params
@@ -153,12 +153,7 @@ def matching_network(
         else:
             own = tuple((params["encoder"] if name == "encoder" else params["matching"][name]).values())
         made = networks[name].apply(join(*own, params["modulation"][name]), x)
-        if name == "encoder" and made.shape[1:] != (num_keys + num_values,):
-            raise ValueError(
-                f"expected an encoder of num_keys + num_values = {num_keys + num_values} outputs, got "
-                f"{list(made.shape[1:])} for each image"
-            )
-        return made
+        return checked(made, num_keys, num_values) if name == "encoder" else made
 
     def rows_of(params: Params) -> Rows:
         return rows(params["memory"], params["pseudo"] if pseudo_input else None, num_keys, num_values)

@@ -43,9 +43,11 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from metagen_jax.games import cooperative
+from metagen_jax.models.gaussians import at, halves, log_density
+from metagen_jax.models.gaussians import kl as kl_of
 from metagen_jax.models.likelihoods import Likelihood
 from metagen_jax.models.networks import Network, join, mlp, split_modulation
-from metagen_jax.models.support_memory import Rows, init_pseudo, remember, rows, similarity
+from metagen_jax.models.support_memory import Rows, checked, init_pseudo, remember, rows, similarity
 from metagen_jax.models.weighted import weighted_mean
 from metagen_jax.types import Array, Density, Examples, Key, Metrics, Model, Params
 
@@ -152,12 +154,7 @@ def addressed_memory(
         kernels = params["decoder"] if name == "decoder" else params[name]["kernels"]
         output = params["head" if name == "decoder" else name]["output"]
         made = networks[name].apply(join(kernels, output, params["modulation"][name]), x)
-        if name == "encoder" and made.shape[1:] != (num_keys + num_values,):
-            raise ValueError(
-                f"expected an encoder of num_keys + num_values = {num_keys + num_values} outputs, got "
-                f"{list(made.shape[1:])} for each image"
-            )
-        return made
+        return checked(made, num_keys, num_values) if name == "encoder" else made
 
     def rows_of(params: Params) -> Rows:
         return rows(params["memory"], params["pseudo"], num_keys, num_values)
@@ -179,25 +176,21 @@ def addressed_memory(
         pairs = x.shape[0], stored.values.shape[0]
         value = jnp.broadcast_to(stored.values[None], (*pairs, num_values))
         seen = jnp.concatenate([jnp.broadcast_to(own[:, None], (*pairs, own.shape[1])), value], axis=2)
-        mean, log_scale = jnp.split(_rowwise(lambda pair: run(params, "posterior", pair), seen), 2, axis=2)
-        prior_mean, prior_log_scale = jnp.split(run(params, "prior", stored.values)[None], 2, axis=2)
-        noise = jax.random.normal(key, (x.shape[0], num_latents), mean.dtype)[:, None]
-        z = mean + jnp.exp(log_scale) * noise
+        q = halves(_rowwise(lambda pair: run(params, "posterior", pair), seen))
+        p = halves(run(params, "prior", stored.values)[None])
+        z = at(q, jax.random.normal(key, (x.shape[0], num_latents), q.mean.dtype)[:, None])
 
         def log_prob(output: Array) -> Array:  # of one address, [N, *event]
             return likelihood.log_prob(params["head"]["likelihood"], output, x)
 
         output = _rowwise(lambda pair: run(params, "decoder", pair), jnp.concatenate([z, value], axis=2))
-        narrower = log_scale - prior_log_scale
-        away = (mean - prior_mean) * jnp.exp(-prior_log_scale)
-        white = (z - prior_mean) * jnp.exp(-prior_log_scale)
         return _Explained(
             log_q=log_address_posterior(own, stored),
             log_p=log_address_prior(params, stored),
             weight=stored.weight,
-            kl=(0.5 * (jnp.square(away) + jnp.exp(2 * narrower) - 1.0) - narrower).sum(2),
+            kl=kl_of(q, p),
             fit=jax.vmap(log_prob, in_axes=1, out_axes=1)(output),
-            log_ratio=(0.5 * (jnp.square(noise) - jnp.square(white)) + narrower).sum(2),
+            log_ratio=log_density(z, p) - log_density(z, q),
         )
 
     def loss(params: Params, key: Key, batch: Examples) -> tuple[Array, Metrics]:
@@ -219,8 +212,8 @@ def addressed_memory(
         present = stored.weight > 0
         log_p = log_address_prior(params, stored) + jnp.log(jnp.where(present, stored.weight, 1.0))
         value = stored.values[jax.random.categorical(address_key, jnp.where(present, log_p, -jnp.inf), shape=(num,))]
-        mean, log_scale = jnp.split(run(params, "prior", value), 2, axis=1)
-        z = mean + jnp.exp(log_scale) * jax.random.normal(code_key, mean.shape, mean.dtype)
+        p = halves(run(params, "prior", value))
+        z = at(p, jax.random.normal(code_key, p.mean.shape, p.mean.dtype))
         output = run(params, "decoder", jnp.concatenate([z, value], axis=1))
         return likelihood.mean(params["head"]["likelihood"], output)
 

@@ -128,7 +128,7 @@ def masked_softmax(score: Array, weight: Array) -> Array:
     taken.
     """
     counts = jnp.broadcast_to(weight > 0, score.shape)
-    largest = jnp.where(counts, score, -jnp.inf).max(-1, keepdims=True)
+    largest = jnp.where(counts, score, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))  # cancels in the ratio
     share = jnp.where(counts, weight, 0.0) * jnp.exp(jnp.where(counts, score - largest, 0.0))
     total = share.sum(-1, keepdims=True)

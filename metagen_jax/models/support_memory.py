@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metagen_jax.models.set_encoders import masked_softmax
 from metagen_jax.types import Array, ArrayTree, Examples
 
 
@@ -64,6 +65,16 @@ def rows(memory: ArrayTree, pseudo: ArrayTree | None, num_keys: int, num_values:
     return Rows(*(jnp.concatenate(pair) for pair in zip(found, stored, strict=True)))
 
 
+def checked(made: Array, num_keys: int, num_values: int) -> Array:
+    """Return what an encoder gave [N, D + V], or raise `ValueError` if it is of another size."""
+    if made.shape[1:] != (num_keys + num_values,):
+        raise ValueError(
+            f"expected an encoder of num_keys + num_values = {num_keys + num_values} outputs, got "
+            f"{list(made.shape[1:])} for each image"
+        )
+    return made
+
+
 def similarity(queries: Array, keys: Array) -> Array:
     """Return q . k / sqrt(D) [N, M], for queries [N, D] and keys [M, D]."""
     return queries @ keys.T / keys.shape[1] ** 0.5
@@ -77,9 +88,4 @@ def read(stored: Rows, queries: Array) -> Array:
         >>> read(stored, jnp.ones((1, 3))).tolist()
         [[1.0]]
     """
-    present = (stored.weight > 0)[None]
-    alike = jnp.where(present, similarity(queries, stored.keys), -jnp.inf)
-    largest = jax.lax.stop_gradient(alike.max(1, keepdims=True, initial=-jnp.inf))  # cancels: for range only
-    attention = stored.weight[None] * jnp.exp(alike - jnp.where(jnp.isfinite(largest), largest, 0.0))
-    total = attention.sum(1, keepdims=True)
-    return attention @ stored.values / jnp.where(total > 0, total, 1.0)
+    return masked_softmax(similarity(queries, stored.keys), stored.weight[None]) @ stored.values
