@@ -381,7 +381,7 @@ def test_interrupted_training_has_its_own_code(place, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metagen_jax.cli.train.train", interrupt)
+    monkeypatch.setattr("metagen_jax.cli.stages.train", interrupt)
     result = command(
         "train", "maml", "vae", "--data", place.data, "--out", tmp_path / "r", *TINY, "--outer.warm-start", 0
     )
@@ -438,7 +438,7 @@ def test_procedural_strokes_need_no_split_and_runs_without_out_are_numbered(tmp_
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metagen_jax.cli.train.train", interrupt)
+    monkeypatch.setattr("metagen_jax.cli.stages.train", interrupt)
     for number in (1, 2):
         result = command("train", "maml", "vae", "--data", "strokes", *TINY, "--outer.warm-start", 0)
         assert result.code == 130

@@ -17,9 +17,9 @@ import pytest
 
 from metagen_jax import run_directory
 from metagen_jax.build import training
-from metagen_jax.cli import main, resume, warm_start
-from metagen_jax.cli import train as cli_train
+from metagen_jax.cli import main, resume, stages, warm_start
 from metagen_jax.cli.interruption import Interrupted, stoppable
+from metagen_jax.cli.train import train_run
 from metagen_jax.config import ChoiceConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -47,13 +47,13 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def _dispatches_of_four(monkeypatch):
-    monkeypatch.setattr(cli_train, "CHUNK", 4)
-    monkeypatch.setattr(cli_train, "_short_evaluation", lambda *arguments: "evaluated")
+    monkeypatch.setattr(stages, "CHUNK", 4)
+    monkeypatch.setattr(stages, "_short_evaluation", lambda *arguments: "evaluated")
 
 
 def killed_at(monkeypatch, name, times, go):
-    """Run until a function of `cli.train` has been called so often, and die there."""
-    count, original = [0], getattr(cli_train, name)
+    """Run until a function of `cli.stages` has been called so often, and die there."""
+    count, original = [0], getattr(stages, name)
 
     def dying(*arguments, **options):
         count[0] += 1
@@ -62,7 +62,7 @@ def killed_at(monkeypatch, name, times, go):
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_train, name, dying)
+        patch.setattr(stages, name, dying)
         with pytest.raises(Killed):
             go()
 
@@ -72,12 +72,12 @@ def place(tmp_path_factory):
     """Return a run that nobody stopped, one that was killed everywhere, and what that one was before its last steps."""
     root, patch = tmp_path_factory.mktemp("resume"), pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(cli_train, "CHUNK", 4)
-        context.setattr(cli_train, "_short_evaluation", lambda *arguments: "evaluated")
+        context.setattr(stages, "CHUNK", 4)
+        context.setattr(stages, "_short_evaluation", lambda *arguments: "evaluated")
         whole, killed = root / "whole", root / "killed"
-        cli_train.train_run(CONFIG, whole, checkpoint_every=4)
+        train_run(CONFIG, whole, checkpoint_every=4)
         assert [(line["phase"], line["step"]) for line in lines_of(whole)] == LINES
-        killed_at(context, "append", 1, lambda: cli_train.train_run(CONFIG, killed, checkpoint_every=4))
+        killed_at(context, "append", 1, lambda: train_run(CONFIG, killed, checkpoint_every=4))
         for name, times in (
             ("append", 2),  # in the warm start, after its first checkpoint
             ("save_meta", 1),  # in the meta-steps of first order, after their line and before their meta-parameters
@@ -258,7 +258,7 @@ def test_outside_the_main_thread_no_signal_is_caught():
 
 
 def test_a_signal_while_training_saves_the_end_of_the_dispatch(place, tmp_path, monkeypatch, capsys):
-    run, original, count = shutil.copytree(place.stopped, tmp_path / "r"), cli_train.append, []
+    run, original, count = shutil.copytree(place.stopped, tmp_path / "r"), stages.append, []
     shutil.rmtree(run / "checkpoints" / "10")
 
     def told(path, record):
@@ -267,7 +267,7 @@ def test_a_signal_while_training_saves_the_end_of_the_dispatch(place, tmp_path, 
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_train, "append", told)
+        patch.setattr(stages, "append", told)
         assert main(["train", "--resume", str(run)]) == 143
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"metagen: stopped by SIGTERM; go on with: metagen train --resume {run}"

@@ -25,8 +25,9 @@ from metagen_jax.checkpoint import load_meta
 from metagen_jax.cli.evaluate import Evaluate, evaluate_run
 from metagen_jax.cli.protocol import check_options
 from metagen_jax.cli.runs import load
+from metagen_jax.cli.stages import META
 from metagen_jax.cli.summary import cell
-from metagen_jax.cli.train import META, RUNS, Train, checked, config_of, train_run
+from metagen_jax.cli.train import RUNS, Train, checked, config_of, train_run
 from metagen_jax.config import CONDITIONAL, LEARNERS, TrainConfig, for_learner, given, known
 from metagen_jax.progress import Progress
 from metagen_jax.report import Line

@@ -16,8 +16,8 @@ from metagen_jax.baselines import Candidates, Score
 from metagen_jax.build import Part, Parts
 from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.cli.runs import Finished
+from metagen_jax.cli.stages import held_out
 from metagen_jax.cli.summary import FINE_TUNED
-from metagen_jax.cli.train import held_out
 from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.progress import Progress

@@ -13,7 +13,8 @@ import tyro
 
 from metagen_jax import build
 from metagen_jax.cli import train
-from metagen_jax.cli.train import Keeping, Train, carry_out, warn
+from metagen_jax.cli.stages import Keeping, carry_out, warn
+from metagen_jax.cli.train import Train
 from metagen_jax.cli.warm_start import generator_digest
 from metagen_jax.config import LEARNERS, MODELS, check
 from metagen_jax.run_directory import (
