@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagen_jax.files import arrays, parsed
 from metagen_jax.models.networks import convolve
 from metagen_jax.tasks.image_set import ImageBank, ImageSet, digest
 from metagen_jax.types import Array, ArrayTree, Key
@@ -197,9 +198,8 @@ def load(path: Path | str, images: ImageSet) -> Critics:
     """
     path = Path(path)
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            found = {name: file[name] for name in file.files if name != "header"}
+        found = arrays(path)
+        header = parsed(str(found.pop("header")))
         version, recorded, trained_on = header["format"], header["weights_sha256"], header["images"]
         seen, num_classes, name = trained_on["sha256"], trained_on["num_classes"], trained_on["name"]
     except Exception as error:  # zip, JSON and NumPy each have their own

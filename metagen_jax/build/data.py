@@ -1,6 +1,5 @@
 """From a configuration to data: a source, its split, the tasks of each part."""
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagen_jax.config import DataConfig
+from metagen_jax.files import expanded, is_folder
 from metagen_jax.tasks.augment import with_symmetries
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily
@@ -42,7 +42,7 @@ def parts(config: DataConfig) -> Parts:
     """
     if config.source == "strokes":
         return Parts(None, None, (28, 28, 1), True)
-    options: dict[str, Any] = {"size": config.size} if Path(config.source).expanduser().is_dir() else {}
+    options: dict[str, Any] = {"size": config.size} if is_folder(expanded(config.source)) else {}
     images = load(config.source, data_dir=config.data_dir, **options)
     if config.hold_out:
         split = by_group(images, test=config.hold_out)

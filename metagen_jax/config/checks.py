@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from metagen_jax.config.bounds import check_bounds
 from metagen_jax.config.defaults import given, resolve
 from metagen_jax.config.names import (
     ALL_GAMES,
@@ -26,10 +27,13 @@ from metagen_jax.config.records import (
     ModelConfig,
     TrainConfig,
 )
+from metagen_jax.config.typed import check_types
 
 
 def check(config: TrainConfig) -> TrainConfig:
     """Return the configuration, resolved, or raise `ValueError` with the nearest names or the number that is off."""
+    check_bounds(config)
+    check_types(config)
     known("learner", config.learner, LEARNERS)
     known("model", config.model, MODELS)
     _check_read(config)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from metagen_jax.config.bounds import check_bounds
 from metagen_jax.config.defaults import resolve
 from metagen_jax.config.records import (
     AdversarialConfig,
@@ -17,6 +18,8 @@ from metagen_jax.config.records import (
     OuterConfig,
     TrainConfig,
 )
+from metagen_jax.config.typed import check_types
+from metagen_jax.files import parsed
 
 SCHEMA = 2
 
@@ -30,12 +33,12 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
     """Read what `to_json` wrote.
 
     Raises:
-        ValueError: not such a text, another schema, or fields that this version does not know.
+        ValueError: not such a text, another schema, fields that this version does not know, or values of another type.
     """
     try:
-        values = json.loads(text)
+        values = parsed(text)
         schema = values.pop("schema")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is not the configuration of a run ({error})") from error
     if schema != SCHEMA:
         raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}; use the version that wrote it")
@@ -47,17 +50,25 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
             "outer": OuterConfig,
             "adversarial": AdversarialConfig,
         }
-        parts: dict[str, Any] = {name: record(**_tuples(values.pop(name))) for name, record in nested.items()}
+        parts: dict[str, Any] = {name: record(**_tuples(values.pop(name), name)) for name, record in nested.items()}
         later = {  # which runs of an earlier version do not have
             "generated": GeneratedConfig,
             "choice": ChoiceConfig,
             "conditional": ConditionalConfig,
         }
-        parts |= {name: record(**_tuples(values.pop(name, {}))) for name, record in later.items()}
-        return resolve(TrainConfig(**parts, **_tuples(values)))  # whatever an earlier version did not know of
-    except (KeyError, TypeError) as error:
+        parts |= {name: record(**_tuples(values.pop(name, {}), name)) for name, record in later.items()}
+        config = TrainConfig(**parts, **_tuples(values))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} does not fit this version ({error}); use the version that wrote it") from error
+    try:
+        check_bounds(config)
+        check_types(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return resolve(config)  # whatever an earlier version did not know of
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+def _tuples(values: Any, name: str = "the configuration") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} must hold settings by name")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

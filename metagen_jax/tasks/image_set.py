@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from metagen_jax.files import arrays, parsed
 from metagen_jax.types import Array
 
 FORMAT = 1
@@ -112,20 +113,20 @@ def load(path: Path) -> ImageSet:
         ValueError: the file is not such a file, or of another format version.
     """
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            pixels, count = file["pixels"], file["count"]
+        file = arrays(path)
+        header = parsed(str(file["header"]))
+        pixels, count = file["pixels"], file["count"]
         version, shape = header["format"], tuple(header["shape"])
         if version == FORMAT:
-            if header["binary"]:
-                pixels = np.unpackbits(pixels, count=math.prod(shape)) * np.uint8(255)
+            total, binary = math.prod(shape), header["binary"]
             names, groups = tuple(header["class_names"]), tuple(header["groups"])
-            loaded = ImageSet(
-                header["name"], pixels.reshape(shape), count, names, groups, header["binary"], header["note"]
-            )
-            if not len(names) == len(groups) == len(count) or count.sum() != shape[0]:
+            whole = pixels.dtype == np.uint8 and count.dtype.kind in "iu" and len(shape) == 4 and min(shape) > 0
+            fits = len(names) == len(groups) == len(count) == len(set(names)) and count.sum() == shape[0]
+            if not (whole and fits and pixels.size == (-(-total // 8) if binary else total) and (count > 0).all()):
                 raise ValueError("its parts do not fit together")
-            return loaded
+            if binary:
+                pixels = np.unpackbits(pixels, count=total) * np.uint8(255)
+            return ImageSet(header["name"], pixels.reshape(shape), count, names, groups, binary, header["note"])
     except Exception as error:
         message = f"{path} is not an image-set file of this package ({error}); delete it to have it made again"
         raise ValueError(message) from error

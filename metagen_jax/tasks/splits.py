@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metagen_jax.files import json_object
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.sources.glyphs import TEST_SCRIPTS, VALIDATION_SCRIPTS
 from metagen_jax.tasks.sources.omniglot import CANONICAL_INDEX
@@ -140,14 +141,15 @@ def read(path: Path | str, images: ImageSet) -> Split:
         ValueError: not an index file, changed since it was written, or made for other classes.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json_object(path)
         names = {part: [str(name) for name in content[part]] for part in PARTS}
         kind, recorded, version = str(content["kind"]), content["sha256"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = _digest(kind, names)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a split index file ({type(error).__name__}: {error})") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; write the split again")
-    if _digest(kind, names) != recorded:
+    if found != recorded:
         raise ValueError(f"{path} was changed after it was written (its sha256 does not agree); write the split again")
     index = {name: c for c, name in enumerate(images.class_names)}
     listed = [name for part in PARTS for name in names[part]]

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from metagen_jax.files import expanded, is_folder, shown
 from metagen_jax.tasks.cache import cached
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.sources.digits import digits
@@ -58,11 +59,11 @@ def load(name: str, *, data_dir: Path | str | None = None, download: bool = Fals
         dataset, given = name.removeprefix("tfds:"), {"data_dir": str(data_dir or ""), **options}
         key = _cache_name(f"tfds-{dataset.replace('/', '-').replace(':', '-')}", given)
         return cached(key, lambda: tfds_images(dataset, data_dir=data_dir, download=download, **options))
-    if Path(name).expanduser().is_dir() or "/" in name:
+    if "/" in name or (name and is_folder(expanded(name))):
         return folder(name, **options)
     near = get_close_matches(name, NAMES, n=3, cutoff=0.4)
     raise ValueError(
-        f"unknown data set {name!r}"
+        f"unknown data set {shown(repr(name), 100)}"
         + (f"; nearest: {', '.join(near)}" if near else "")
         + f". Known: {', '.join(NAMES)}"
     )

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metagen_jax.files import expanded
 from metagen_jax.tasks import cache
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.resize import INK
@@ -119,11 +120,11 @@ def prepare(archives: Path | str, data_dir: Path | str) -> Path:
         ImportError: tensorflow-datasets is not installed.
         ValueError: an archive that is missing or is not what it should be.
     """
-    folder = Path(archives).expanduser()
+    folder = expanded(archives)
     present = [archive for archive in ARCHIVES if (folder / archive.file).is_file()]
     if missing := [archive.file for archive in REQUIRED if archive not in present]:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}; get them from {ORIGIN}")
-    builder = _builder_class()(data_dir=Path(data_dir).expanduser(), file_format="array_record")
+    builder = _builder_class()(data_dir=expanded(data_dir), file_format="array_record")
     builder.archives = {archive: list(drawings(folder / archive.file, archive.num_classes)) for archive in present}
     builder.download_and_prepare()
     return Path(builder.data_dir)
@@ -135,7 +136,7 @@ def fetch(folder: Path | str) -> Path:
     Raises:
         ValueError: no connection, or another file than the original.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for archive in ARCHIVES:
         path = folder / archive.file
@@ -191,7 +192,7 @@ def _prepared(data_dir: Path | str | None, download: bool) -> Path | None:
     """Return a TFDS folder that has the data set, preparing it in the cache where needed (None: TFDS's default)."""
     kept = cache.directory() / "tfds"
     if data_dir is not None:
-        folder = Path(data_dir).expanduser()
+        folder = expanded(data_dir)
         if _has(folder):
             return folder
         if not any((folder / archive.file).exists() for archive in REQUIRED):

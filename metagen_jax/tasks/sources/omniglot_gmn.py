@@ -8,12 +8,11 @@ per image on the two do not compare.
 Source: Bartunov, Vetrov, Few-shot generative modelling with generative matching networks, 2018 (MIT licence).
 """
 
-import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from metagen_jax.files import arrays, expanded, json_object
 from metagen_jax.tasks.image_set import ImageSet, image_set
 from metagen_jax.tasks.sources.omniglot import CANONICAL_INDEX
 
@@ -34,8 +33,8 @@ def omniglot_gmn(data_dir: Path | str | None) -> ImageSet:
         raise ValueError(f"omniglot_gmn needs data_dir, a folder with {' and '.join(FILES)} (from {ORIGIN})")
     found: dict[str, np.ndarray] = {}
     for file, folder in FILES.items():
-        found |= _read(Path(data_dir).expanduser() / file, folder)
-    index = json.loads(CANONICAL_INDEX.read_text(encoding="utf-8"))
+        found |= _read(expanded(data_dir) / file, folder)
+    index = json_object(CANONICAL_INDEX)
     names = [*index["train"], *index["validation"], *index["test"]]
     if set(names) != set(found):
         missing = sorted(set(names) - set(found))
@@ -57,12 +56,9 @@ def _read(path: Path, folder: str) -> dict[str, np.ndarray]:
     """Return class name -> ink [20, 784] of one file."""
     if not path.is_file():
         raise ValueError(f"{path} is not there; expected {' and '.join(FILES)} of {ORIGIN}")
-    found = {}
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            for key in file.files:
-                found[key.removeprefix(f"{folder}/")] = file[key]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        found = {key.removeprefix(f"{folder}/"): values for key, values in arrays(path).items()}
+    except ValueError as error:
         raise ValueError(f"{path} is not a readable npz file ({error}); get it again from {ORIGIN}") from error
     for name, pixels in found.items():
         if pixels.shape != (20, 784) or pixels.dtype != np.uint8 or not np.isin(pixels, (0, 255)).all():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from metagen_jax.files import expanded
 from metagen_jax.tasks.image_set import ImageSet, image_set
 from metagen_jax.tasks.resize import binarise, grey
 from metagen_jax.tasks.sources.folder import Invert
@@ -102,7 +103,7 @@ def _builder(dataset: str, data_dir: Path | str | None, download: bool) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(NEEDS_TFDS) from error
-    where = None if data_dir is None else Path(data_dir).expanduser()
+    where = None if data_dir is None else expanded(data_dir)
     try:
         builder = tfds.builder(dataset, data_dir=where, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
