@@ -36,9 +36,9 @@ import numpy as np
 
 import metagen_jax as mg
 from metagen_jax import baselines, build, critics, evaluate_samples, report
-from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import AdversarialConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.metrics.interval import over_classes
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.tasks.augment import with_symmetries
 from metagen_jax.tasks.sources import load
 from metagen_jax.tasks.splits import canonical

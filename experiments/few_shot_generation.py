@@ -34,10 +34,10 @@ import numpy as np
 
 import metagen_jax as mg
 from metagen_jax import build, critics, evaluate_samples
-from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import AdversarialConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate import adaptation_curves
 from metagen_jax.metrics.interval import over_classes
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.report import table
 from metagen_jax.train import Divergence, TrainState
 from metagen_jax.types import Metrics, Params

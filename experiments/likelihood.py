@@ -39,7 +39,6 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.budget import train_for
-from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import (
     ConditionalConfig,
     DataConfig,
@@ -55,6 +54,7 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.metrics.likelihood import label
 from metagen_jax.models.flow_likelihood import FIRST_LOG_SNR, bound_density
 from metagen_jax.models.gaussian_paths import linear
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.report import Column, adaptation_strip, save, table
 from metagen_jax.types import Array, Examples, Key, Params
 
@@ -70,6 +70,7 @@ PUBLISHED = {
 }
 
 DENSE = ModelConfig(hidden=(400, 400), latents=32, context=64)
+ROWWISE = ModelConfig(hidden=(400, 400), latents=32)  # read their support row by row, without a context
 PIXELS = ModelConfig(context=64)
 U_NET = ModelConfig(network="conv", hidden=(16, 32, 64), context=64)
 
@@ -114,13 +115,13 @@ ROWS = {
     "VAE, latent Gaussian": Row("latent_gaussian", "vae", DENSE, begin="VAE", rate=1e-3, labels=True),
     "statistician": Row("amortised", "statistician", DENSE, labels=True),
     "statistician, 2 layers": Row("amortised", "statistician", DENSE, conditional=ConditionalConfig(layers=2)),
-    "matching network": Row("amortised", "matching_network", DENSE, labels=True),
-    "addressed memory": Row("amortised", "addressed_memory", DENSE),
+    "matching network": Row("amortised", "matching_network", ROWWISE, labels=True),
+    "addressed memory": Row("amortised", "addressed_memory", ROWWISE),
     "flow": _flow("joint"),
     "flow, mean": _flow("amortised"),
     "flow, MAML": _flow("maml", begin="flow", steps=3),
     "flow, FOMAML": _flow("fomaml", begin="flow", steps=3),
-    "flow, Reptile": _flow("reptile", begin="flow", steps=3, inner=InnerConfig(rate=0.1, fast_rate=0.1)),
+    "flow, Reptile": _flow("reptile", begin="flow", steps=3, inner=InnerConfig(rate=0.03, fast_rate=0.03)),
 }
 ENDS = (4.0, 8.0, 16.0)  # signal to noise of a flow's bound, chosen on validation classes
 

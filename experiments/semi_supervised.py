@@ -44,12 +44,12 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.baselines import train_joint
-from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import DataConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.metrics.interval import over_seeds
 from metagen_jax.models.networks import conv_features, num_features_of
 from metagen_jax.models.refined_heads import soft_kmeans
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.report import table
 from metagen_jax.tasks.episodes import episodes
 from metagen_jax.tasks.family import Spec, TaskFamily

@@ -37,7 +37,6 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.baselines import train_joint
-from metagen_jax.checkpoint import load_meta, save_meta
 from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.latent.adversarial import on_codes
@@ -50,6 +49,7 @@ from metagen_jax.latent.self_training import self_training
 from metagen_jax.latent.variations import noise, others, outsiders
 from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.metrics.interval import over_seeds
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.report import table
 from metagen_jax.tasks.deformations import affine, binary, in_turn
 from metagen_jax.tasks.family import TaskFamily

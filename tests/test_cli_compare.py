@@ -11,11 +11,11 @@ from problems import flat
 from test_cli import command, write_classes
 
 from metagen_jax.baselines import image_gradients as gradients
-from metagen_jax.checkpoint import load_meta
 from metagen_jax.cli.compare import Compare, num_meta_steps
 from metagen_jax.cli.runs import load
 from metagen_jax.cli.train import Train
 from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check, from_json, to_json
+from metagen_jax.parameters import load_meta
 
 TINY = [
     *("--shots", "2", "2", "--query", "3", "--network.hidden", "8", "--outer.tasks", "2", "--outer.warmup", "2"),

@@ -11,12 +11,12 @@ from PIL import Image
 from test_cli import command, write_classes
 
 from metagen_jax import build, report_latent
-from metagen_jax.checkpoint import save_meta
 from metagen_jax.cli import explore
 from metagen_jax.cli.explore import Explore
 from metagen_jax.cli.runs import load
 from metagen_jax.config import DataConfig, ModelConfig, TrainConfig, check
 from metagen_jax.metrics.clustering import agreement
+from metagen_jax.parameters import save_meta
 from metagen_jax.run_directory import create
 
 FIGURES = ("map", "clusters", "interpolation", "extrapolation")

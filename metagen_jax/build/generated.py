@@ -4,7 +4,6 @@ The generator may have seen training classes only, so its run must be of the sam
 """
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 from metagen_jax.build.data import Parts, take
 from metagen_jax.build.learners import learner
 from metagen_jax.build.models import Built, model
-from metagen_jax.checkpoint import load_meta
-from metagen_jax.config import TrainConfig, from_json, given
+from metagen_jax.config import TrainConfig, check, from_json, given
+from metagen_jax.files import expanded, json_object
 from metagen_jax.latent import anchors, variations
 from metagen_jax.latent.generator import Generator, of_adversarial_autoencoder, of_bidirectional, of_gan, of_vae
 from metagen_jax.latent.latent_tasks import image_bank, latent_bank, latent_tasks
@@ -23,6 +22,7 @@ from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan
 from metagen_jax.models.gan import Gan
 from metagen_jax.models.vae import Vae
+from metagen_jax.parameters import load_meta
 from metagen_jax.tasks.deformations import affine, binary, elastic, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import digest
@@ -61,14 +61,14 @@ def trained_generator(folder: str, data: Parts) -> Trained:
     Raises:
         ValueError: no run there, one of other images or another split, or of a model that generates nothing.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        content = json_object(path / "config.json")
         provenance = content.pop("provenance")
         trained_on = provenance["data"], provenance["split"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"generated.run={folder} is not the folder of a run ({error})") from error
-    config = from_json(json.dumps(content), where=path / "config.json")
+    config = check(from_json(json.dumps(content), where=path / "config.json"))
     if data.images is None or data.split is None or trained_on != (digest(data.images), data.split.digest):
         raise ValueError(
             f"the generator of {folder} was trained on other images or another split, so it may have seen classes that "

@@ -1,6 +1,7 @@
 """`metagen adapt RUN --support DIR`: a handful of a user's images in, new ones of the same kind out."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import tyro
 from metagen_jax import report
 from metagen_jax.cli.runs import load
 from metagen_jax.config import given
+from metagen_jax.exporting import SUFFIX, check_installed, export_sampler
 from metagen_jax.models.classifier import Classifier
 from metagen_jax.tasks.resize import INK
 from metagen_jax.tasks.sources import read_images
@@ -34,8 +36,11 @@ class Adapt:
     """how many new images"""
     out: Path = Path("grid.png")
     """where the picture goes"""
+    export: Path | None = None
+    """also write the adapted generator, which makes --num images a call and needs jax alone, as this .jaxexport file
+    (extra: export)"""
     force: bool = False
-    """write over the picture if it exists"""
+    """write over the picture, and the exported generator, if they exist"""
     seed: int = 0
     """of the new images"""
 
@@ -49,6 +54,8 @@ def run(arguments: Adapt) -> None:
         raise ValueError(f"--out must be a .png file, got {a.out}")
     if a.out.exists() and not a.force:
         raise ValueError(f"{a.out} exists already; choose another --out, or write over it with --force")
+    if a.export is not None:
+        _check_export(a.export, a.force)
     finished = load(a.run)
     if isinstance(finished.built, Classifier):
         raise ValueError(f"{a.run} is a classifier, which makes no images; measure it: metagen evaluate {a.run}")
@@ -65,6 +72,7 @@ def run(arguments: Adapt) -> None:
             "train with a smaller --inner.rate, or on data that are more like these"
         )
     samples = jax.jit(finished.built.model.sample, static_argnums=2)(params, sample_key, a.num)
+    program = None if a.export is None else export_sampler(finished.built.model.sample, params, a.num)
     report.save(report.support_and_samples(np.asarray(x), np.asarray(samples)), a.out)
 
     steps, shots = given(finished.config.inner.steps), finished.config.shots
@@ -77,6 +85,27 @@ def run(arguments: Adapt) -> None:
     if not shots[0] <= len(x) <= shots[1]:
         print(f"note: the run was trained with {shots[0]} to {shots[1]} images a task")
     print(f"{a.num} new images: {a.out}")
+    if a.export is not None and program is not None:
+        _write(a.export, program)
+        print(f"the adapted generator, {a.num} images a call ({len(program):,} bytes): {a.export}")
+
+
+def _check_export(path: Path, force: bool) -> None:
+    if path.suffix != SUFFIX:
+        raise ValueError(f"--export must be a {SUFFIX} file, got {path}")
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists already; choose another --export, or write over it with --force")
+    check_installed()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
