@@ -176,8 +176,12 @@ def joint_run(
     key: Key,
     *,
     begin: Params | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Step, TrainState]:
-    """Return the step and the first state of the run that `train_joint` takes to its end, with its arguments."""
+    """Return the step and the first state of the run that `train_joint` takes to its end, with its arguments.
+
+    The step's tasks are spread over the mesh, if there is one.
+    """
     learner, state_key = build.learner(joint_config(config), built), jax.random.split(key)[1]
     begin = first_joint(config, built, jax.random.clone(key)) if begin is None else begin
     outer = config.outer
@@ -190,7 +194,7 @@ def joint_run(
     )
     lasting = dataclasses.replace(config, outer=dataclasses.replace(outer, steps=num_steps))
     sampler = build.weighted(lasting, family)
-    step = make_step(learner, family, sampler, optimizer, average_decay=outer.average_decay)
+    step = make_step(learner, family, sampler, optimizer, mesh=mesh, average_decay=outer.average_decay)
     return step, init_state(learner, sampler, optimizer, state_key, meta=jax.tree.map(jnp.copy, begin))
 
 

@@ -1,16 +1,12 @@
-"""Checkpoints: the training state by orbax, which alone is known here, and meta-parameters as one plain array file.
+"""Checkpoints: the training state by orbax, which alone is known here.
 
 A training state is what a run needs to go on; it is saved in the background and restored only onto a state of the same
 shapes. With it goes a seal: the schema, the versions of the packages and a checksum of every file, so that a checkpoint
 that was half written, cut short or overwritten is known for what it is, and the one before it is used.
-
-Meta-parameters are what everything else needs: a .npz file with one array for each parameter under its path
-(`decoder.hidden_0.kernel`) and a JSON header, no pickle.
 """
 
 import functools
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -25,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.options import MultiprocessingOptions
 
+from metagen_jax.parameters import check_shapes, shapes
+from metagen_jax.sharding import bits, here, of_bits
 from metagen_jax.train import TrainState
-from metagen_jax.types import ArrayTree
 
-FORMAT = 1  # of files of meta-parameters
-SCHEMA = 1  # of checkpoints
+SCHEMA = 2  # of checkpoints
 PACKAGES = ("metagen-jax", "jax", "jaxlib", "orbax-checkpoint", "optax", "numpy")
 SEAL = "whole.json"  # in the folder of a checkpoint
 ITEM = "default"  # folder of the state beside it, as orbax has it
@@ -42,7 +39,10 @@ class Damaged(ValueError):
 
 
 class Checkpoints:
-    """The training states of one run; as a context manager, leaving it waits for the last one to be written."""
+    """The training states of one run; as a context manager, leaving it waits for the last one to be written.
+
+    They are those of one process, which alone opens the folder, and are whole in it whatever devices they were on.
+    """
 
     def __init__(self, path: Path | str, *, max_to_keep: int = 2, best: Literal["min", "max"] | None = None):
         """Open a folder, or make it.
@@ -53,20 +53,26 @@ class Checkpoints:
             best: also keep the one of the smallest or the largest metric that was given to `save`.
         """
         newest = LatestN(max_to_keep)
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
-        options = ocp.CheckpointManagerOptions(create=True, preservation_policy=newest, async_options=sealing)
+        how: dict[str, Any] = {"preservation_policy": newest}
         if best is not None:
             kept = BestN(get_metric_fn=_metric, reverse=best == "min", n=1, keep_checkpoints_without_metrics=False)
-            options = ocp.CheckpointManagerOptions(
-                create=True,
-                async_options=sealing,
-                best_fn=_metric,
-                best_mode=best,
-                preservation_policy=AnyPreservationPolicy([newest, kept]),
+            policy = AnyPreservationPolicy([newest, kept])
+            how = {"preservation_policy": policy, "best_fn": _metric, "best_mode": best}
+        alone = MultiprocessingOptions()
+        if jax.process_count() > 1:  # the folder is this process's, and the others wait for nothing
+            me = jax.process_index()
+            alone = MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
             )
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        options = ocp.CheckpointManagerOptions(
+            create=False, async_options=sealing, multiprocessing_options=alone, **how
+        )
         self.path = Path(path).expanduser().absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
         self._unsealed: list[int] = []
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=ocp.StandardCheckpointHandler())
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handler)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -81,12 +87,12 @@ class Checkpoints:
         """Save under the state's step, in the background; the state may be donated as soon as this returns.
 
         Args:
-            state: to save; a step that is there already is not saved again.
+            state: to save, whole on every device; a step that is there already is not saved again.
             metric: by which the best is kept.
         """
         step = int(state.step)
         if step not in self.steps():
-            owned = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # on a CPU orbax would read donated memory
+            owned = jax.tree.map(_on_host, state)
             self.wait()
             self._unsealed.append(step)
             self._manager.save(
@@ -170,14 +176,14 @@ class Checkpoints:
             raise _damaged(where, error) from error
         if schema != SCHEMA:
             raise ValueError(f"{where} has schema {schema}, this version reads {SCHEMA}; use what wrote it: {versions}")
-        abstract = jax.tree.map(_abstract, target)
+        wanted = jax.tree.map(_stored, target)
         try:
-            stored = _shapes(self._manager.item_metadata(step).tree)
+            stored = shapes(self._manager.item_metadata(step).tree)
         except Exception as error:  # orbax has many: every one means that this is no checkpoint
             raise _damaged(where, error) from error
-        _check(where, _shapes(jax.tree.map(_data, abstract)), stored)
+        check_shapes(where, shapes(wanted), stored)
         try:
-            found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             raise _damaged(where, error) from error
         return jax.tree.map(_placed, target, found)
@@ -215,91 +221,24 @@ def _metric(metrics: Any) -> float:
     return metrics["metric"]
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+def _on_host(leaf: Any) -> np.ndarray:
+    """Return a copy of a leaf that is whole on every device, in the form in which it is stored: of a key, its data."""
+    return np.array(bits(here(leaf)))
 
 
-def _placed(target: Any, found: Any) -> Any:
-    """Return a leaf that is bound to no device where the target's is not, as a state that was just made is."""
-    if getattr(target, "sharding", None) is not None:
-        return found
-    if jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
-        bits = jnp.array(np.asarray(jax.random.key_data(found)))
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(found))
-    return jnp.array(np.asarray(found))  # a copy, so that it may be donated
+def _stored(leaf: Any) -> np.ndarray:
+    """Return an array of the shape and dtype in which a leaf is stored."""
+    shape = jax.eval_shape(bits, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return np.empty(shape.shape, shape.dtype)
+
+
+def _placed(target: Any, found: np.ndarray) -> Any:
+    """Return a leaf where the target's is, or bound to no device where that has no place, as if it was just made."""
+    leaf = of_bits(jnp.array(found), target)  # a copy, so that it may be donated
+    sharding = getattr(target, "sharding", None)
+    return leaf if sharding is None else jax.device_put(leaf, sharding)
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
-
-
-def save_meta(path: Path, meta: ArrayTree, **header: Any) -> None:
-    """Write parameters as one array file, whole or not at all; `header` is any JSON (the step, say)."""
-    arrays = {name: np.asarray(leaf) for name, leaf in _flat(meta).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(temporary, header=json.dumps({"format": FORMAT, **header}), **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
-
-
-def load_meta(path: Path, target: ArrayTree) -> tuple[Any, dict[str, Any]]:
-    """Read what `save_meta` wrote.
-
-    Args:
-        path: the file.
-        target: a tree of the same shapes: `jax.eval_shape(learner.init, key)`.
-
-    Returns:
-        The parameters, and the header.
-
-    Raises:
-        ValueError: no such file, damaged, of another format version, or of other shapes.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} is not there: the run was stopped before its first checkpoint; train again")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            found = {name: file[name] for name in file.files if name != "header"}
-            version = header["format"]
-    except Exception as error:  # zip, JSON and NumPy each have their own
-        raise ValueError(f"{path} is not a parameter file of this package, or is damaged ({error})") from error
-    if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; use the version that wrote it")
-    wanted = _flat(target)
-    _check(str(path), _shapes(target), {name: array.shape for name, array in found.items()})
-    leaves = [jnp.asarray(found[name], wanted[name].dtype) for name in wanted]
-    return jax.tree.unflatten(jax.tree.structure(target), leaves), header
-
-
-def _flat(tree: ArrayTree) -> dict[str, Any]:
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
-
-
-def _shapes(tree: ArrayTree) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in _flat(tree).items()}
-
-
-def _data(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Return the form in which a leaf is stored: typed keys as their data."""
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
-
-
-def _check(where: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    missing, surplus = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if missing or surplus:
-        raise ValueError(
-            f"{where} holds other parameters than this configuration has: {len(missing)} are missing "
-            f"({', '.join(missing[:3])}), {len(surplus)} are too many ({', '.join(surplus[:3])}); use the "
-            "configuration and the version that wrote it"
-        )
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"{where} is of another shape: {name} has {list(found[name])}, this configuration has {list(shape)}; "
-                "use the configuration that wrote it"
-            )

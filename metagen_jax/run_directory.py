@@ -34,12 +34,14 @@ import numpy as np
 
 from metagen_jax.build import Parts
 from metagen_jax.config import TrainConfig, from_json, to_json
+from metagen_jax.files import expanded, is_folder, json_object, parsed, shown, text
 from metagen_jax.tasks import splits
 from metagen_jax.tasks.image_set import ImageSet, digest
 from metagen_jax.tasks.splits import Split
 
 PACKAGES = ("jax", "flax", "optax", "numpy", "metagen-jax")
 LATEST = "latest"
+SIDE = 1 << 14  # of an image that a run may say it has, in pixels
 
 
 class RunDirectory(NamedTuple):
@@ -143,8 +145,8 @@ def check_free(path: Path | str) -> Path:
     Raises:
         ValueError: something is there already.
     """
-    path = Path(path).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = expanded(path)
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already, and a run is never written over; choose another folder with --out")
     return path
 
@@ -156,7 +158,7 @@ def next_path(root: Path | str, stem: str) -> Path:
         >>> next_path("no/such/folder", "maml-vae-glyphs").name
         'maml-vae-glyphs-1'
     """
-    root = Path(root).expanduser()
+    root = expanded(root)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
     taken = [entry.name.removeprefix(f"{stem}-") for entry in root.glob(f"{stem}-*")] if root.is_dir() else []
     return root / f"{stem}-{1 + max((int(n) for n in taken if n.isdecimal()), default=0)}"
@@ -180,14 +182,14 @@ def find(path: Path | str) -> RunDirectory:
     Raises:
         ValueError: no run there.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.name == LATEST and path.is_file():
-        path = path.parent / path.read_text(encoding="utf-8").strip()
-    if not (path / "config.json").is_file():
-        beside = path.parent.glob("*/config.json") if path.parent.is_dir() else ()
+        path = path.parent / text(path, limit=4096).strip()
+    if not is_folder(path) or not (path / "config.json").is_file():
+        beside = path.parent.glob("*/config.json") if is_folder(path.parent) else ()
         near = sorted(entry.parent.name for entry in beside if not entry.parent.is_symlink())
         hint = f"; runs in {path.parent}: {', '.join(near[:8])}" if near else ""
-        raise ValueError(f"{path} is not the folder of a run (it has no config.json){hint}")
+        raise ValueError(f"{shown(path)} is not the folder of a run (it has no config.json){hint}")
     return RunDirectory(path.resolve())
 
 
@@ -198,11 +200,9 @@ def read_config(run: RunDirectory) -> tuple[TrainConfig, Provenance]:
         ValueError: not such a file, or one of another version.
     """
     try:
-        content = json.loads(run.config.read_text(encoding="utf-8"))
-        provenance = Provenance(**content.pop("provenance"))
-        height, width, channels = provenance.event
-        provenance = provenance._replace(event=(height, width, channels))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json_object(run.config)
+        provenance = _provenance(content.pop("provenance"))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.config} is not the configuration of a run ({error})") from error
     return from_json(json.dumps(content), where=run.config), provenance
 
@@ -304,9 +304,9 @@ def trim(run: RunDirectory, keep: Callable[[dict[str, Any]], bool]) -> list[dict
         ValueError: a line that is not JSON.
     """
     records = [record for record in read_metrics(run) if keep(record)]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    if run.metrics.exists() and run.metrics.read_text(encoding="utf-8") != text:
-        write(run.metrics, text)
+    kept = "".join(json.dumps(record) + "\n" for record in records)
+    if run.metrics.exists() and run.metrics.read_text(encoding="utf-8") != kept:
+        write(run.metrics, kept)
     return records
 
 
@@ -314,17 +314,24 @@ def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
     """Return the objects of metrics.jsonl, oldest first; a last line cut off by a crash is left out.
 
     Raises:
-        ValueError: a line that is not JSON.
+        ValueError: no such file, or a line that is not a JSON object, or whose phase, step and seconds are none.
     """
-    if not run.metrics.exists():
+    if not os.path.lexists(run.metrics):
         return []
-    lines = run.metrics.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = text(run.metrics).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{run.metrics} cannot be read ({error})") from error
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            records.append(json.loads(line))
+            record = parsed(line)
         except ValueError as error:
             raise ValueError(f"{run.metrics} line {number} is not JSON ({error})") from error
+        kinds = {"phase": str, "step": int, "seconds": int | float}
+        if not isinstance(record, dict) or any(n in record and not isinstance(record[n], kinds[n]) for n in kinds):
+            raise ValueError(f"{run.metrics} line {number} is not a record of training: {shown(line, 80)}")
+        records.append(record)
     return records
 
 
@@ -344,6 +351,22 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value
+
+
+def _provenance(values: Any) -> Provenance:
+    """Return a provenance that was read, if its values are of the types that they should be."""
+    found = Provenance(**values)
+    event = found.event
+    if not isinstance(event, list) or len(event) != 3 or not all(type(n) is int and 1 <= n <= SIDE for n in event):
+        raise ValueError(f"event must be height, width and channels, got {shown(event, 60)}")
+    kinds = {"device": str, "binary": bool, "data": str | None, "split": str | None, "options": Mapping}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(found, name), kind):
+            raise ValueError(f"{name} is of another type: {shown(getattr(found, name), 60)}")
+    if not isinstance(found.versions, dict) or not all(isinstance(text, str) for text in found.versions.values()):
+        raise ValueError(f"versions must be texts by package, got {shown(found.versions, 60)}")
+    height, width, channels = event
+    return found._replace(event=(height, width, channels))
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from metagen_jax.adapt.starts import LOG_RATE
 from metagen_jax.meta.annealed import field_at
 from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
 from metagen_jax.meta.learners import MetaLearner, task_keys
+from metagen_jax.sharding import AXIS
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import Sampler, effective_sample_size
 from metagen_jax.types import Array, Key, Metrics, Params
@@ -76,7 +77,8 @@ def make_step(
         family: makes the tasks that the sampler describes.
         sampler: proposes T tasks and their weights, and may look at the meta-parameters for it.
         optimizer: the outer rule, any optax transformation.
-        mesh: a mesh with an axis `task` over which the tasks are spread; None for one device.
+        mesh: over which the tasks are spread (`metagen_jax.sharding.task_mesh`); None for one device. State and data
+            are whole on every device (`metagen_jax.sharding.everywhere`), and so is what comes out.
         average_decay: of the exponential moving average of the meta-parameters (bias-corrected, so that it begins as
             their plain mean).
         task_chunk: tasks that are vmapped at a time, a divisor of T (of T per device); None to choose by device and
@@ -94,9 +96,10 @@ def make_step(
     """
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
-    if mesh is not None and "task" not in mesh.shape:
-        raise ValueError(f"expected a mesh with an axis 'task', got the axes {tuple(mesh.shape)}")
+    if mesh is not None and AXIS not in mesh.shape:
+        raise ValueError(f"expected a mesh with an axis '{AXIS}', got the axes {tuple(mesh.shape)}")
 
+    shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
     total = functools.partial(sum_over_tasks, chunk="auto" if task_chunk is None else task_chunk)
     total(learner.field)  # which refuses a chunk below one, before anything is traced
 
@@ -115,17 +118,19 @@ def make_step(
 
         def per_device(meta: Params, data: Any, taken: Array, *pieces: Any) -> tuple[Params, Metrics, Array]:
             # Without this a device's inner gradients would be summed over all devices: see jax.lax.pcast.
-            meta, data = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "task", to="varying"), (meta, data))
+            meta, data = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), (meta, data))
             direction, metrics, finite = over(meta, data, taken, *pieces)
-            return jax.lax.psum(direction, "task"), metrics, finite
+            return jax.lax.psum(direction, AXIS), metrics, finite
 
-        shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("task")
-        return jax.shard_map(
+        direction, *of_tasks = jax.shard_map(
             per_device,
             mesh=mesh,
             in_specs=(shared, shared, shared, split, split, split),
             out_specs=(shared, split, split),
         )(meta, data, taken, specs, weights, keys)
+        # Gathered, so that what is computed from them has the order of sums that one device has.
+        metrics, finite = jax.lax.with_sharding_constraint(of_tasks, jax.sharding.NamedSharding(mesh, shared))
+        return direction, metrics, finite
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
         propose_key, tasks_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -158,7 +163,10 @@ def make_step(
             "bad_inner_step": jnp.where(finite.all(), -1, _first_bad(per_task, finite.shape[0])[first]),
         }
         sampler_state = sampler.update(state.sampler, specs, _scores(per_task, finite.shape[0]))
-        return TrainState(state.step + 1, meta, average, opt, sampler_state, state.key), metrics
+        after = TrainState(state.step + 1, meta, average, opt, sampler_state, state.key)
+        if mesh is not None:  # whole on every device, so that every process can read them
+            return jax.lax.with_sharding_constraint((after, metrics), jax.sharding.NamedSharding(mesh, shared))
+        return after, metrics
 
     return step
 

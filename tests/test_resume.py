@@ -17,7 +17,7 @@ import pytest
 
 from metagen_jax import run_directory
 from metagen_jax.build import training
-from metagen_jax.cli import main, resume, stages, warm_start
+from metagen_jax.cli import keeping, main, resume, stages, warm_start
 from metagen_jax.cli.interruption import Interrupted, stoppable
 from metagen_jax.cli.train import train_run
 from metagen_jax.config import ChoiceConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
@@ -48,12 +48,12 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def _dispatches_of_four(monkeypatch):
     monkeypatch.setattr(stages, "CHUNK", 4)
-    monkeypatch.setattr(stages, "_short_evaluation", lambda *arguments: "evaluated")
+    monkeypatch.setattr(keeping, "short_evaluation", lambda *arguments: "evaluated")
 
 
 def killed_at(monkeypatch, name, times, go):
-    """Run until a function of `cli.stages` has been called so often, and die there."""
-    count, original = [0], getattr(stages, name)
+    """Run until a function of `cli.keeping` has been called so often, and die there."""
+    count, original = [0], getattr(keeping, name)
 
     def dying(*arguments, **options):
         count[0] += 1
@@ -62,7 +62,7 @@ def killed_at(monkeypatch, name, times, go):
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, name, dying)
+        patch.setattr(keeping, name, dying)
         with pytest.raises(Killed):
             go()
 
@@ -73,7 +73,7 @@ def place(tmp_path_factory):
     root, patch = tmp_path_factory.mktemp("resume"), pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(stages, "CHUNK", 4)
-        context.setattr(stages, "_short_evaluation", lambda *arguments: "evaluated")
+        context.setattr(keeping, "short_evaluation", lambda *arguments: "evaluated")
         whole, killed = root / "whole", root / "killed"
         train_run(CONFIG, whole, checkpoint_every=4)
         assert [(line["phase"], line["step"]) for line in lines_of(whole)] == LINES
@@ -88,7 +88,7 @@ def place(tmp_path_factory):
             with (killed / "metrics.jsonl").open("a") as file:
                 file.write('{"phase": "meta", "step": 99}\n{"phase": "me')  # later lines, and one that was cut off
         shutil.copytree(killed, root / "stopped")
-        killed_at(context, "_short_evaluation", 1, lambda: resume.resume_run(killed))
+        killed_at(context, "short_evaluation", 1, lambda: resume.resume_run(killed))
         before = (killed / "metrics.jsonl").read_bytes()
         killed_at(context, "write", 1, lambda: resume.resume_run(killed))
         assert (killed / "metrics.jsonl").read_bytes() == before

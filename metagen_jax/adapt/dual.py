@@ -32,7 +32,6 @@ from metagen_jax.adapt.products import (
     Program,
     Use,
     differing_like,
-    floats_differing_like,
     is_matrix,
     owners,
     run,
@@ -41,6 +40,7 @@ from metagen_jax.adapt.products import (
     uses_of,
 )
 from metagen_jax.games import GradientField, one_by_one
+from metagen_jax.sharding import floats_differing_like
 from metagen_jax.types import Array, Examples, Key, Metrics, Params
 
 Past = dict[int, list[tuple[Array, Array]]]

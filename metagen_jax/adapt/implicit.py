@@ -31,9 +31,9 @@ import numpy as np
 import optax
 
 from metagen_jax.adapt.linear_systems import conjugate_gradients, gmres
-from metagen_jax.adapt.products import differing_like, floats_differing_like
 from metagen_jax.adapt.unroll import Path, repeated
 from metagen_jax.games import GradientField
+from metagen_jax.sharding import differing_like, floats_differing_like
 from metagen_jax.types import Adapt, Array, ArrayTree, Examples, Field, Key, Metrics, Params
 
 Solver = Literal["auto", "cg", "gmres"]

@@ -20,7 +20,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 
-from metagen_jax.adapt.products import differing_like
+from metagen_jax.sharding import differing_like
 from metagen_jax.types import Array, ArrayTree
 
 Multiply = Callable[[ArrayTree], ArrayTree]

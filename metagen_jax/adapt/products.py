@@ -16,7 +16,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from metagen_jax.types import Array, ArrayTree, Params
+from metagen_jax.sharding import differing_like
+from metagen_jax.types import Array, Params
 
 CALLS = ("jit", "pjit")
 """Primitives whose body is entered when a kernel is passed to it."""
@@ -112,25 +113,6 @@ def taps(uses: Sequence[Use], kernel: Array) -> list[Array]:
     """Return zeros to add to a kernel's products, one for each use, whose gradients are those of the products."""
     shapes = [(use.rows, kernel.shape[0 if use.transposed else 1]) for use in uses]
     return [differing_like(jnp.zeros(shape, kernel.dtype), kernel) for shape in shapes]
-
-
-def differing_like(value: Array, reference: Array) -> Array:
-    """Return the value, typed as differing between devices where the reference may (inside `jax.shard_map`).
-
-    Without it, gradients with respect to a constant would be summed over the devices.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return value
-    first = reference.reshape(-1)[0]
-    return jnp.where(first == first, value, value)
-
-
-def floats_differing_like(tree: ArrayTree, reference: Array) -> ArrayTree:
-    """Return a tree whose floats are typed as differing between devices where the reference may."""
-    return jax.tree.map(
-        lambda leaf: differing_like(leaf, reference) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf,
-        tree,
-    )
 
 
 def owners(params: Params) -> list[str]:

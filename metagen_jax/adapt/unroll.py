@@ -28,10 +28,11 @@ import optax
 from metagen_jax.adapt import dual
 from metagen_jax.adapt.factored import Adapter
 from metagen_jax.adapt.linear_rule import is_linear
-from metagen_jax.adapt.products import floats_differing_like, is_matrix
+from metagen_jax.adapt.products import is_matrix
 from metagen_jax.adapt.safety import check_differentiable
 from metagen_jax.adapt.starts import Start
 from metagen_jax.games import GradientField
+from metagen_jax.sharding import floats_differing_like
 from metagen_jax.types import Array, Examples, Field, Key, Metrics, Params
 from metagen_jax.types import Start as AnyStart
 

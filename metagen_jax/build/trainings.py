@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import optax
 
 from metagen_jax.build.choice import choice, weighted
@@ -26,10 +27,15 @@ class Training(NamedTuple):
     optimizer: optax.GradientTransformation
     sampler: Sampler
     step: Step
+    mesh: jax.sharding.Mesh | None = None  # that the step's tasks are spread over
 
 
-def training(config: TrainConfig) -> Training:
+def training(config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None) -> Training:
     """Load the data and build the rest; the configuration is one that `config.check` returned.
+
+    Args:
+        config: of the run.
+        mesh: to spread the tasks over, of `metagen_jax.sharding.task_mesh`; None for one device.
 
     Raises:
         ValueError: whatever does not fit together.
@@ -39,8 +45,8 @@ def training(config: TrainConfig) -> Training:
     learns = learner(config, built)
     tasks = training_tasks(config, data)
     optimizer = outer(config)
-    sampler, step = meta_step(config, learns, tasks, optimizer, data, built)
-    return Training(data, built, learns, tasks, optimizer, sampler, step)
+    sampler, step = meta_step(config, learns, tasks, optimizer, data, built, mesh=mesh)
+    return Training(data, built, learns, tasks, optimizer, sampler, step, mesh)
 
 
 def training_tasks(config: TrainConfig, data: Parts) -> TaskFamily:
@@ -65,6 +71,8 @@ def meta_step(
     optimizer: optax.GradientTransformation,
     data: Parts | None = None,
     built: Built | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Sampler, Step]:
     """Return the sampler that `config.choice` asks for, and the meta-step of `config.outer`.
 
@@ -80,5 +88,5 @@ def meta_step(
     else:
         tasks, sampler = choice(config, data, built, learner, tasks)
     return sampler, make_step(
-        learner, tasks, sampler, optimizer, average_decay=o.average_decay, task_chunk=o.task_chunk
+        learner, tasks, sampler, optimizer, mesh=mesh, average_decay=o.average_decay, task_chunk=o.task_chunk
     )

@@ -1,14 +1,20 @@
 """The command `metagen`: every mistake of a user ends in one message on standard error, and no traceback."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from metagen_jax.cli import adapt, compare, critics, evaluate, explore, info, plan, quickstart, resume
+from metagen_jax.cli import adapt, compare, critics, evaluate, exchange, explore, info, plan, quickstart, resume
 from metagen_jax.cli.interruption import Interrupted
+from metagen_jax.cli.messages import explained
+from metagen_jax.config.bounds import check_bounds
+from metagen_jax.config.typed import check_types
+from metagen_jax.files import shown
+from metagen_jax.processes import leave_the_others
 from metagen_jax.tasks.cache import directory
 from metagen_jax.train import Divergence
 
@@ -17,6 +23,7 @@ DESCRIPTION = (
     "Any error shows its traceback with --traceback."
 )
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+LONGEST = 2000  # characters of a message
 
 Command = (
     Annotated[quickstart.Quickstart, tyro.conf.subcommand("quickstart")]
@@ -26,6 +33,8 @@ Command = (
     | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
     | Annotated[adapt.Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[explore.Explore, tyro.conf.subcommand("explore")]
+    | Annotated[exchange.Export, tyro.conf.subcommand("export")]
+    | Annotated[exchange.Import, tyro.conf.subcommand("import")]
     | Annotated[critics.TrainCritics, tyro.conf.subcommand("critics")]
     | Annotated[info.Info, tyro.conf.subcommand("info")]
 )
@@ -37,6 +46,8 @@ RUN: dict[type, Callable[[Any], None]] = {
     compare.Compare: compare.run,
     adapt.Adapt: adapt.run,
     explore.Explore: explore.run,
+    exchange.Export: exchange.run_export,
+    exchange.Import: exchange.run_import,
     critics.TrainCritics: critics.run,
     info.Info: info.run,
 }
@@ -47,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text that it could show
     try:
         command: Any = tyro.cli(
             Command,
@@ -55,23 +69,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
+        check_bounds(command)
+        check_types(command)
         if not isinstance(command, plan.Plan):  # which writes nothing, and says how long compiling takes
             _keep_programs()
         RUN[type(command)](command)
     except SystemExit as stop:  # tyro's own: help, or an argument that it cannot read
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except Interrupted as stop:
-        return _end(str(stop), stop.code)
-    except KeyboardInterrupt:
-        return _end("stopped; what was finished is kept", INTERRUPTED)
-    except (ValueError, ImportError, OSError) as error:
-        if with_traceback:
+    except KeyboardInterrupt as stop:
+        text = str(stop) if isinstance(stop, Interrupted) else "stopped; what was finished is kept"
+        return _end(text, stop.code if isinstance(stop, Interrupted) else INTERRUPTED)
+    except (ValueError, ImportError, OSError, Divergence, MemoryError, jax.errors.JaxRuntimeError) as error:
+        if with_traceback and not jax.distributed.is_initialized():
             raise
-        return _end(str(error), BAD_INPUT)
-    except Divergence as error:
         if with_traceback:
-            raise
-        return _end(str(error), FAILED)
+            traceback.print_exception(error)
+        bad_input = isinstance(error, (ValueError, ImportError, OSError))
+        return _end(explained(error), BAD_INPUT if bad_input else FAILED)
     return 0
 
 
@@ -82,5 +96,6 @@ def _keep_programs() -> None:
 
 
 def _end(message: str, code: int) -> int:
-    print(f"metagen: {message}", file=sys.stderr, flush=True)
+    print(f"metagen: {shown(message, LONGEST)}", file=sys.stderr, flush=True)
+    leave_the_others(code)
     return code

@@ -21,14 +21,14 @@ import tyro
 
 from metagen_jax import build, plan, report
 from metagen_jax.baselines import image_gradients
-from metagen_jax.checkpoint import load_meta
 from metagen_jax.cli.evaluate import Evaluate, evaluate_run
+from metagen_jax.cli.keeping import META
 from metagen_jax.cli.protocol import check_options
 from metagen_jax.cli.runs import load
-from metagen_jax.cli.stages import META
 from metagen_jax.cli.summary import cell
 from metagen_jax.cli.train import RUNS, Train, checked, config_of, train_run
 from metagen_jax.config import CONDITIONAL, LEARNERS, TrainConfig, for_learner, given, known
+from metagen_jax.parameters import load_meta
 from metagen_jax.progress import Progress
 from metagen_jax.report import Line
 from metagen_jax.run_directory import check_free, jsonable, next_path, read_metrics

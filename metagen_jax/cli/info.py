@@ -46,7 +46,7 @@ def describe(finished: Finished) -> str:
         rows = [[name, *(f"{rate:.2g}" for rate in means), spread] for name, means, spread in rates]
         sections.append("\n" + table(["learned rates", "every step", header[-1]] if per_entry else header, rows))
     if records := read_metrics(finished.run):
-        last = records[-1]
+        last = {"phase": "unknown phase", "step": "?", **records[-1]}
         values = [f"{name} {last[name]:.4g}" for name in SHOWN if isinstance(last.get(name), int | float)]
         sections.append(f"\nlast record ({last['phase']}, step {last['step']}): {', '.join(values)}")
     return "\n".join(sections)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from metagen_jax.processes import largest
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -37,7 +39,7 @@ class Stop:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Let signals wait while the block runs, which is to call `check` where it can be left.
+        """Let signals wait while the block runs, which is to call `told` and then `leave` where it can be left.
 
         Raises:
             Interrupted: at the end, if there was a signal.
@@ -45,21 +47,33 @@ class Stop:
         self._finishing = True
         try:
             yield
+            if self.told():
+                self.leave()
         finally:
             self._finishing = False
-        self.check()
 
-    def check(self) -> None:
-        """Raise `Interrupted` if there was a signal."""
-        if self.number is not None:
-            self._leaving = True
-            raise Interrupted(self.number, f"stopped by {signal.Signals(self.number).name}; {self.advice}")
+    def told(self) -> bool:
+        """Whether this process was told to stop, or another one of the run, each of which has to call this."""
+        self.number = largest(self.number or 0) or None
+        return self.number is not None
+
+    def leave(self) -> None:
+        """Leave for the signal that there was.
+
+        Raises:
+            Interrupted: always.
+        """
+        self._leaving = True
+        number = self.number or signal.SIGTERM
+        raise Interrupted(
+            number, f"stopped by {signal.Signals(number).name}" + (f"; {self.advice}" if self.advice else "")
+        )
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal, and leave by an exception unless that is done or something is to be finished."""
         self.number = self.number or number
         if not (self._finishing or self._leaving):
-            self.check()
+            self.leave()
 
     def hear(self, listen: socket.socket) -> None:
         """Read signals as they arrive, whatever the main thread does, until the other end is closed."""

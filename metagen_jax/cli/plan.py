@@ -9,7 +9,8 @@ import tyro
 
 from metagen_jax import build, plan
 from metagen_jax.baselines import train_joint
-from metagen_jax.cli.stages import CHUNK, META, WARM_START
+from metagen_jax.cli.keeping import META, WARM_START
+from metagen_jax.cli.stages import CHUNK
 from metagen_jax.cli.train import Train, checked, config_of
 from metagen_jax.config import TrainConfig, given
 from metagen_jax.cost import bytes_at_peak

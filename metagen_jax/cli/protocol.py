@@ -14,12 +14,12 @@ import tyro
 from metagen_jax import baselines, build, report
 from metagen_jax.baselines import Candidates, Score
 from metagen_jax.build import Part, Parts
-from metagen_jax.checkpoint import load_meta, save_meta
+from metagen_jax.cli.keeping import held_out
 from metagen_jax.cli.runs import Finished
-from metagen_jax.cli.stages import held_out
 from metagen_jax.cli.summary import FINE_TUNED
 from metagen_jax.config import TrainConfig, given
 from metagen_jax.meta.learners import MetaLearner
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column
 from metagen_jax.run_directory import jsonable

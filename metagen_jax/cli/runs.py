@@ -7,9 +7,9 @@ import jax
 
 from metagen_jax import build
 from metagen_jax.build import Built, Parts
-from metagen_jax.checkpoint import load_meta
-from metagen_jax.config import TrainConfig
+from metagen_jax.config import TrainConfig, check
 from metagen_jax.meta.learners import MetaLearner
+from metagen_jax.parameters import load_meta
 from metagen_jax.run_directory import Provenance, RunDirectory, find, read_config, read_split
 from metagen_jax.types import Params
 
@@ -34,10 +34,16 @@ def load(path: Path | str) -> Finished:
     """
     run = find(path)
     config, provenance = read_config(run)
+    try:
+        config = check(config)
+    except ValueError as error:
+        raise ValueError(f"{run.config}: {error}") from error
     built = build.model(config, provenance.event, provenance.binary)
     learner = build.learner(config, built)
     meta, header = load_meta(run.meta, jax.eval_shape(learner.init, jax.random.key(0)))
-    return Finished(run, config, provenance, built, learner, meta, int(header["step"]))
+    if not isinstance(step := header.get("step"), int) or not 0 <= step < 2**31:
+        raise ValueError(f"{run.meta} does not say how many meta-steps were taken; use the file of a run")
+    return Finished(run, config, provenance, built, learner, meta, step)
 
 
 def load_data(finished: Finished) -> Parts:

@@ -8,9 +8,11 @@ import jax
 import tyro
 
 from metagen_jax import build
-from metagen_jax.build import Parts
+from metagen_jax.build import Parts, Training
 from metagen_jax.cli import warm_start as joint
-from metagen_jax.cli.stages import WARM_START, Keeping, carry_out, tensorboard_writer
+from metagen_jax.cli.distributed import Distributed, join
+from metagen_jax.cli.keeping import WARM_START, Keeping, tensorboard_writer
+from metagen_jax.cli.stages import carry_out
 from metagen_jax.config import (
     LEARNERS,
     MODELS,
@@ -25,7 +27,9 @@ from metagen_jax.config import (
     TrainConfig,
     check,
     given,
+    to_json,
 )
+from metagen_jax.processes import check_same, is_first
 from metagen_jax.run_directory import (
     RunDirectory,
     check_free,
@@ -35,6 +39,8 @@ from metagen_jax.run_directory import (
     next_path,
     point_latest,
 )
+from metagen_jax.sharding import task_mesh
+from metagen_jax.tasks.image_set import digest
 from metagen_jax.types import Params
 
 RUNS = Path("runs")
@@ -74,6 +80,8 @@ class Train:
     """meta-steps between checkpoints"""
     tensorboard: bool = False
     """also write TensorBoard events into the run's folder (extra: tensorboard)"""
+    deterministic: bool = False
+    """on GPUs, use only kernels that add in a fixed order, and are slower; CPUs and TPUs always do"""
     network: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
@@ -81,12 +89,25 @@ class Train:
     conditional: ConditionalConfig = dataclasses.field(default_factory=ConditionalConfig)
     generated: GeneratedConfig = dataclasses.field(default_factory=GeneratedConfig)
     choice: ChoiceConfig = dataclasses.field(default_factory=ChoiceConfig)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
 
 def run(arguments: Train) -> None:
     """Carry out the command."""
     a = arguments
-    train_run(config_of(a), a.out, checkpoint_every=a.checkpoint_every, tensorboard=a.tensorboard)
+    join(a.distributed, deterministic=a.deterministic)
+    config = config_of(a)
+    if not is_first():
+        take_part(checked(config, None, a.checkpoint_every, a.tensorboard), a.distributed.devices)
+        return
+    train_run(
+        config,
+        a.out,
+        checkpoint_every=a.checkpoint_every,
+        tensorboard=a.tensorboard,
+        deterministic=a.deterministic,
+        devices=a.distributed.devices,
+    )
 
 
 def config_of(arguments: Train) -> TrainConfig:
@@ -128,30 +149,82 @@ def train_run(
     tensorboard: bool = False,
     short_evaluation: bool = True,
     warm_start: Params | None = None,
+    deterministic: bool = False,
+    devices: int | None = None,
 ) -> RunDirectory:
     """Train as the configuration says and return the folder of the run.
 
-    Nothing is written before everything that the configuration asks for was found and built. A `warm_start` that is
-    given stands in for the joint training that the configuration asks for.
+    Nothing is written before everything that the configuration asks for was found and built. Of several processes this
+    is for process 0; the others `take_part`.
+
+    Args:
+        config: of the run.
+        out: the folder; None for one named after the configuration.
+        stem: of that name.
+        checkpoint_every: meta-steps between checkpoints.
+        tensorboard: whether to write events for it, too.
+        short_evaluation: whether to measure what was learned briefly.
+        warm_start: parameters that stand in for the joint training that the configuration asks for.
+        deterministic: kept with the run, for who goes on with it.
+        devices: over which the tasks are spread at most; None for all.
 
     Raises:
         ValueError: whatever does not fit together.
         Divergence: training lost finiteness; the folder keeps what was done until then.
     """
     config = checked(config, out, checkpoint_every, tensorboard)
-    training = build.training(config)
+    training = spread(config, devices)
     data, keeping = training.data, Keeping(checkpoint_every, tensorboard, short_evaluation)
     name = stem or f"{config.learner}-{config.model}-{data.images.name if data.images else config.data.source}"
-    options = {**keeping._asdict(), "generator": joint.generator_digest(config)}
+    options = {
+        **keeping._asdict(),
+        "generator": joint.generator_digest(config),
+        "deterministic": deterministic,
+        "devices": num_devices(training),
+    }
     run = create(out or next_path(RUNS, name), config, data, options=options)
     with locked(run):
         point_latest(run)
-        print(f"{run.path}: {config.learner} {config.model} on {_describe(data)}", flush=True)
+        print(f"{run.path}: {config.learner} {config.model} on {_describe(data)}{_spread(training)}", flush=True)
         if warm_start is not None:
             key = jax.random.fold_in(jax.random.key(config.seed), WARM_START)
             joint.finish(run, training, key, warm_start, given(config.outer.warm_start))
         carry_out(run, config, training, keeping)
     return run
+
+
+def take_part(config: TrainConfig, devices: int | None) -> None:
+    """Train, as one of several processes, a run whose folder process 0 has.
+
+    Raises:
+        ValueError: whatever does not fit together.
+        Divergence: training lost finiteness.
+    """
+    carry_out(None, config, spread(config, devices), Keeping())
+
+
+def spread(config: TrainConfig, devices: int | None) -> Training:
+    """Build a run whose tasks are spread over devices, of all processes, which have to have the same data.
+
+    Raises:
+        ValueError: whatever does not fit together.
+    """
+    check_same("the configuration", to_json(config))
+    training = build.training(config, mesh=task_mesh(config.outer.tasks, devices))
+    if jax.process_count() > 1 and training.data.images is not None:
+        check_same(f"the data ({training.data.images.name})", digest(training.data.images))
+    return training
+
+
+def num_devices(training: Training) -> int:
+    """Return how many devices the tasks of a run are spread over."""
+    return 1 if training.mesh is None else int(training.mesh.size)
+
+
+def _spread(training: Training) -> str:
+    count, processes = num_devices(training), jax.process_count()
+    several = f" of {processes} processes" if processes > 1 else ""
+    return f", over {count} devices{several}" if count > 1 else several
 
 
 def _describe(data: Parts) -> str:

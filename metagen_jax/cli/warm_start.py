@@ -2,30 +2,17 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from metagen_jax import build
 from metagen_jax.build import Training
-from metagen_jax.checkpoint import Checkpoints, load_meta, save_meta
 from metagen_jax.config import TrainConfig
+from metagen_jax.files import content, expanded
+from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.run_directory import RunDirectory
-from metagen_jax.train import TrainState
 from metagen_jax.types import Key, Params
-
-
-def restored(checkpoints: Checkpoints, state: TrainState, warn: Callable[[str], None]) -> TrainState:
-    """Return the newest saved state that is whole, or this one if none was saved; later ones are taken away.
-
-    Raises:
-        ValueError: there are saved states, and none is whole.
-    """
-    if checkpoints.steps():
-        state = checkpoints.restore(jax.eval_shape(lambda: state), warn=warn)
-    checkpoints.discard_after(int(state.step))
-    return state
 
 
 def finish(run: RunDirectory, training: Training, key: Key, warm: Params, num_steps: int) -> None:
@@ -53,7 +40,7 @@ def generator_digest(config: TrainConfig) -> str | None:
     """Return the sha256 of the parameters of the generator that makes tasks, None if there is none."""
     if config.generated.run is None:
         return None
-    return hashlib.sha256((Path(config.generated.run).expanduser() / "meta.npz").read_bytes()).hexdigest()
+    return hashlib.sha256(content(expanded(config.generated.run) / "meta.npz")).hexdigest()
 
 
 def _path(run: RunDirectory) -> Path:

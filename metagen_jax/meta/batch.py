@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from metagen_jax.adapt.factored import Adapter, Factored, compact, is_factored
-from metagen_jax.adapt.products import differing_like
 from metagen_jax.games import GradientField, vector_field
 from metagen_jax.meta.gathered import gathered
 from metagen_jax.meta.outer import Displacement, TaskGame
+from metagen_jax.sharding import differing_like
 from metagen_jax.types import Adapt, Array, Examples, Field, Key, Losses, Metrics, Params, Task
 
 TotalField = Callable[[Params, Key, Task, Array], tuple[Params, Metrics]]
@@ -122,7 +122,8 @@ def finite_sum(
         stand_in = jnp.where(active, jnp.arange(num_tasks), jnp.argmax(active))
         same = jax.random.clone(keys)  # the same noise in every attempt
         picked_keys, picked = jax.tree.map(lambda leaf: leaf[stand_in], (same, tasks))
-        return total(meta, picked_keys, picked, jnp.where(active, weights, 0.0))
+        sums = total(meta, picked_keys, picked, jnp.where(active, weights, 0.0))
+        return jax.tree.map(lambda leaf: differing_like(leaf, weights), sums)  # constants among the metrics, too
 
     def attempt(carry: Any) -> Any:
         number, active, _, first, passed, _, _ = carry

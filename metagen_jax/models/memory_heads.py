@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from metagen_jax.models.heads import Head, read_leaf, unit
+from metagen_jax.sharding import differing_like
 from metagen_jax.types import Array, ArrayTree, Key
 
 
@@ -100,7 +101,8 @@ def memory(slots: int, width: int, *, decay: float = 0.95, recent: float = 0.1, 
             return jax.tree.map(lambda new, old: jnp.where(present, new, old), after, state), None
 
         nothing = jnp.zeros(slots, rows.dtype)
-        (stored, _, _), _ = jax.lax.scan(write, (jnp.zeros((slots, rows.shape[1]), rows.dtype), nothing, nothing), rows)
+        empty = (jnp.zeros((slots, rows.shape[1]), rows.dtype), nothing, nothing)
+        (stored, _, _), _ = jax.lax.scan(write, jax.tree.map(lambda leaf: differing_like(leaf, rows), empty), rows)
         return {**head, "memory": stored}
 
     def score(head: ArrayTree, features: Array) -> Array:
