@@ -272,6 +272,8 @@ def _write_run(folder: Path, config: TrainConfig, **settings: Any) -> None:
     for name in ("evaluation.json", "evaluation.md"):
         write(folder / name, "{}\n")
     write(run.finished, '{"steps": 10, "evaluation": "evaluated"}\n')
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["export", str(folder), str(folder / "exported.npz")])
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 

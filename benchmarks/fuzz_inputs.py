@@ -20,9 +20,9 @@ from PIL import Image
 from metagen_jax.cli import RUN
 
 RUNS = ("vae", "gan", "classifier")
-POSITIONAL = ("run", "learner", "model")
+POSITIONAL = ("run", "learner", "model", "file")
 LEFT_OUT = ("distributed", "traceback")  # options that would wait for other processes
-READERS = ("info", "adapt", "evaluate", "explore", "resume")
+READERS = ("info", "adapt", "evaluate", "explore", "export", "resume")
 """Commands that read a run."""
 
 VALUES = [
@@ -149,6 +149,8 @@ def _base(place: Place, command: str, run: str) -> list[str]:
         "explore": ["explore", folder],
         "adapt": ["adapt", folder, "--support", str(place.kept / "support"), "--out", "new.png"],
         "resume": ["train", "--resume", folder],
+        "export": ["export", folder, str(place.root / "new.npz")],
+        "import": ["import", f"{folder}/exported.npz", "--out", str(place.root / "new")],
         "train": ["train", "maml", "vae", *data, "--out", str(place.root / "new")],
         "plan": ["plan", "maml", "vae", *data],
         "compare": ["compare", "maml,reptile", "vae", *data, "--out", str(place.root / "new")],
@@ -157,7 +159,10 @@ def _base(place: Place, command: str, run: str) -> list[str]:
     }[command]
 
 
-COMMANDS = ("info", "evaluate", "explore", "adapt", "resume", "train", "plan", "compare", "critics", "quickstart")
+COMMANDS = (
+    *("info", "evaluate", "explore", "adapt", "export", "import", "resume"),
+    *("train", "plan", "compare", "critics", "quickstart"),
+)
 
 
 def _options_one_by_one(place: Place, draw: random.Random) -> Iterator[Input]:
@@ -171,13 +176,8 @@ def _options_one_by_one(place: Place, draw: random.Random) -> Iterator[Input]:
         for option in options_of(command):
             values = _values(option.kind, draw)
             bad = draw.choice(VALUES)
-            yield Input(
-                command,
-                f"{option.name} {bad[:20]!r}",
-                [*base, option.name, *values[:-1], bad],
-                _certainly(option.kind, bad),
-                _clear(place),
-            )
+            arguments = [*base, option.name, *values[:-1], bad]
+            yield Input(command, f"{option.name} {bad[:20]!r}", arguments, _certainly(option.kind, bad), _clear(place))
 
 
 def _random_arguments(place: Place, draw: random.Random) -> Input:
@@ -291,8 +291,9 @@ STRUCTURAL = ("absent", "folder", "pipe", "loop", "device", "empty", "cut", "rub
 WAYS = (*STRUCTURAL, "duplicate key", "twice", "list", "flipped")
 READ = {
     "config.json": READERS,
-    "meta.npz": ("info", "adapt", "evaluate", "explore"),
-    "split.json": ("evaluate",),
+    "meta.npz": ("info", "adapt", "evaluate", "explore", "export"),
+    "split.json": ("evaluate", "export"),
+    "exported.npz": ("import",),
     "metrics.jsonl": ("info", "resume"),
     "finished.json": ("resume",),
 }
@@ -318,6 +319,7 @@ def _of_file(place: Place, command: str, run: str, name: str, way: str, draw: ra
     seed = draw.random()
 
     def prepare() -> None:
+        _clear(place)()
         folder = place.kept / run
         if command == "resume" and name != "finished.json":
             (folder / "finished.json").unlink()

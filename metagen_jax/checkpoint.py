@@ -5,12 +5,13 @@ shapes. With it goes a seal: the schema, the versions of the packages and a chec
 that was half written, cut short or overwritten is known for what it is, and the one before it is used.
 """
 
+import contextlib
 import functools
 import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from metagen_jax.failed_saving import of_system, silenced
 from metagen_jax.parameters import check_shapes, shapes
 from metagen_jax.sharding import bits, here, of_bits
 from metagen_jax.train import TrainState
@@ -40,6 +42,9 @@ class Damaged(ValueError):
 
 class Checkpoints:
     """The training states of one run; as a context manager, leaving it waits for the last one to be written.
+
+    What cannot be written, for a full disk say, is an `OSError` with the system's code: of the next `save` or `wait`,
+    or on leaving, where no other error is on its way. Nothing half-written is left behind then.
 
     They are those of one process, which alone opens the folder, and are whole in it whatever devices they were on.
     """
@@ -64,13 +69,15 @@ class Checkpoints:
             alone = MultiprocessingOptions(
                 primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
             )
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        # Where a folder cannot be made, orbax's threads would wait twenty minutes for the one that was to make it.
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(
             create=False, async_options=sealing, multiprocessing_options=alone, **how
         )
         self.path = Path(path).expanduser().absolute()
         self.path.mkdir(parents=True, exist_ok=True)
         self._unsealed: list[int] = []
+        self._quiet = contextlib.ExitStack()
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handler)
 
@@ -80,8 +87,19 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        failed = None
+        for _ in range(4):  # orbax raises each error once, and stops closing for it
+            try:
+                self._manager.close()
+                break
+            except Exception as found:
+                failed = failed or found
+        if failed is None and error is None:
+            self._quiet.close()
+        if failed is not None or isinstance(error, OSError):
+            self._discard_halves()
+        if failed is not None and not isinstance(error, Exception):  # but of a signal, which says that all is saved
+            raise of_system(failed, self.path) from failed
 
     def save(self, state: TrainState, *, metric: float | None = None) -> None:
         """Save under the state's step, in the background; the state may be donated as soon as this returns.
@@ -89,22 +107,33 @@ class Checkpoints:
         Args:
             state: to save, whole on every device; a step that is there already is not saved again.
             metric: by which the best is kept.
+
+        Raises:
+            OSError: the one before this could not be written, or this one cannot be begun.
         """
         step = int(state.step)
         if step not in self.steps():
             owned = jax.tree.map(_on_host, state)
             self.wait()
-            self._unsealed.append(step)
-            self._manager.save(
-                step,
-                args=ocp.args.StandardSave(owned),
-                metrics=None if metric is None else {"metric": float(metric)},
-                force=True,
-            )
+            self._unsealed = [step]
+            self._quiet.enter_context(silenced())
+            with self._speaking():
+                self._manager.save(
+                    step,
+                    args=ocp.args.StandardSave(owned),
+                    metrics=None if metric is None else {"metric": float(metric)},
+                    force=True,
+                )
 
     def wait(self) -> None:
-        """Wait until what was saved is written."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved is written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        with self._speaking():
+            self._manager.wait_until_finished()
+        self._quiet.close()
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, oldest first."""
@@ -155,10 +184,23 @@ class Checkpoints:
         self.wait()
         for later in [found for found in self.steps() if found > step]:
             shutil.rmtree(self.path / str(later))
-        for entry in self.path.iterdir():
-            if entry.is_dir() and TEMPORARY in entry.name:
-                shutil.rmtree(entry)
+        self._discard_halves()
         self._manager.reload()
+
+    def _discard_halves(self) -> None:
+        """Take away what was left by savings that were cut off; what cannot be taken away is never read."""
+        with contextlib.suppress(OSError):
+            for entry in self.path.iterdir():
+                if entry.is_dir() and TEMPORARY in entry.name:
+                    shutil.rmtree(entry)
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Raise what orbax raises as what it came from."""
+        try:
+            yield
+        except Exception as error:
+            raise of_system(error, self.path) from error
 
     def _seal(self) -> None:
         """Seal what was just written; orbax calls this in the background, before the folder gets its final name."""

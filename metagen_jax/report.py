@@ -39,8 +39,11 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.partial.png")
-    figure.savefig(temporary, dpi=120, facecolor="white", format="png")
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=120, facecolor="white", format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

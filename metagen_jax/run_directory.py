@@ -23,6 +23,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -115,6 +117,7 @@ def create(
 
     Raises:
         ValueError: something is there already.
+        OSError: it cannot be written, and nothing of it is there.
     """
     run = RunDirectory(check_free(path))
     provenance = Provenance(
@@ -131,11 +134,19 @@ def create(
     whole = run.path.resolve()
     making = RunDirectory(whole if whole.is_dir() else whole.with_name(f".{whole.name}.{os.getpid()}.partial"))
     making.path.mkdir(parents=True, exist_ok=True)
-    if data.images is not None and data.split is not None:
-        splits.write(data.split, data.images, making.split)
-    write(making.config, json.dumps(content, indent=2) + "\n")
-    if making.path != whole:
-        making.path.rename(whole)
+    try:
+        if data.images is not None and data.split is not None:
+            splits.write(data.split, data.images, making.split)
+        write(making.config, json.dumps(content, indent=2) + "\n")
+        if making.path != whole:
+            making.path.rename(whole)
+    except OSError:
+        if making.path != whole:
+            shutil.rmtree(making.path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                making.split.unlink(missing_ok=True)
+        raise
     return run
 
 
@@ -165,15 +176,24 @@ def next_path(root: Path | str, stem: str) -> Path:
 
 
 def point_latest(run: RunDirectory) -> None:
-    """Let `latest` beside the run lead to it: a link, or a text file with its name where links are not allowed."""
+    """Let `latest` beside the run lead to it: a link, or a text file with its name where links are not allowed.
+
+    Where neither can be written it leads where it did, which is said in a warning: the run needs only its own folder.
+    """
     pointer = run.path.parent / LATEST
     if pointer.is_dir() and not pointer.is_symlink():
         return  # a folder of the user's own
-    pointer.unlink(missing_ok=True)
+    temporary = pointer.with_name(f".{LATEST}.{os.getpid()}.partial")
     try:
-        pointer.symlink_to(run.path.name, target_is_directory=True)
-    except OSError:
-        pointer.write_text(run.path.name + "\n", encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(run.path.name, target_is_directory=True)
+            temporary.replace(pointer)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            write(pointer, run.path.name + "\n")
+    except OSError as error:
+        warnings.warn(f"{pointer} does not lead to {run.path} ({error.strerror})", RuntimeWarning, stacklevel=2)
 
 
 def find(path: Path | str) -> RunDirectory:
@@ -275,22 +295,43 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     line = (json.dumps(jsonable(record), allow_nan=False) + "\n").encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        before = os.fstat(file).st_size
-        if os.write(file, line) != len(line):
-            os.ftruncate(file, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with located(path):
+            before = os.fstat(file).st_size
+            if os.write(file, line) != len(line):
+                os.ftruncate(file, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(file)
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, and what was there is there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with located(path), temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Let an `OSError` of the block that names no file, as those of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def trim(run: RunDirectory, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

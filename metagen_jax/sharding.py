@@ -74,11 +74,16 @@ def here(tree: ArrayTree) -> Any:
 
     Args:
         tree: whose leaves are whole on every device, as `everywhere` makes them, or on one.
+
+    Raises:
+        ValueError: a leaf of which the devices have a piece each.
     """
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.sharding.num_devices == 1:
             return leaf
+        if not leaf.is_fully_replicated:
+            raise ValueError(f"expected arrays that are whole on every device, got one of {leaf.shape} in pieces")
         one = jnp.array(np.asarray(bits(leaf).addressable_data(0)))  # bound to no device, no part of what is donated
         return of_bits(one, leaf)
 

@@ -70,7 +70,7 @@ def make_step(
     """Return one meta-step: propose tasks, take the field of each, average, follow the outer rule.
 
     A task whose direction or loss is not finite is left out of the mean and counted; when none that has a weight is
-    finite, parameters and optimiser stay as they are.
+    finite, or the outer rule leads to parameters that are not, parameters and optimiser stay as they are.
 
     Args:
         learner: whose field takes one `Task`; one that is `Annealed` is followed as it is at each meta-step.
@@ -87,9 +87,9 @@ def make_step(
     Returns:
         (state, data) -> (state, metrics). The metrics are means over the finite tasks, by the size of their weights,
         and: `grad_norm` [], `effective_tasks` [] (`metagen_jax.tasks.samplers.effective_sample_size` of the weights of
-        the finite tasks), `num_nonfinite` [] tasks left out, `finite_share` [] of those kept, `bad_task` [] the first
-        one left out (-1 if there is none) and `bad_inner_step` [] where its inner loop lost finiteness (-1: after it,
-        on the query).
+        the finite tasks), `num_nonfinite` [] tasks left out, `finite_share` [] of those kept (0 where parameters stayed
+        as they were), `bad_task` [] the first one left out (-1 if there is none) and `bad_inner_step` [] where its
+        inner loop lost finiteness (-1: after it, on the query).
 
     Raises:
         ValueError: a decay outside [0, 1), a chunk below one, a mesh without the axis `task`.
@@ -145,20 +145,23 @@ def make_step(
         direction = {name: (direction | still)[name] for name in state.meta}
         norm = optax.tree.norm(direction)
 
-        def follow() -> tuple[Params, Params, Any]:
+        def follow() -> tuple[tuple[Params, Params, Any], Array]:
             updates, opt = optimizer.update(direction, state.opt, state.meta)
             meta = optax.apply_updates(state.meta, updates)
             decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
-            return meta, jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta), opt
+            average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta)
+            fits = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((meta, average))]).all()
+            return jax.tree.map(lambda new, old: jnp.where(fits, new, old), (meta, average, opt), before), fits
 
+        before = state.meta, state.average, state.opt
         usable = (size.sum() > 0) & jnp.isfinite(norm)
-        meta, average, opt = jax.lax.cond(usable, follow, lambda: (state.meta, state.average, state.opt))
+        (meta, average, opt), moved = jax.lax.cond(usable, follow, lambda: (before, jnp.array(False)))
         first = jnp.argmin(finite)
         metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, size), per_task) | {
             "grad_norm": norm,
             "effective_tasks": effective_sample_size(kept),
             "num_nonfinite": (~finite).sum(),
-            "finite_share": finite.mean(),
+            "finite_share": jnp.where(moved, finite.mean(), 0.0),
             "bad_task": jnp.where(finite.all(), -1, first),
             "bad_inner_step": jnp.where(finite.all(), -1, _first_bad(per_task, finite.shape[0])[first]),
         }
@@ -171,8 +174,13 @@ def make_step(
     return step
 
 
-def run_chunk(step: Step, num_steps: int) -> Step:
+def run_chunk(step: Step, num_steps: int, *, sharding: jax.sharding.Sharding | None = None) -> Step:
     """Return the jitted function that takes `num_steps` meta-steps in one dispatch; the state given is donated.
+
+    Args:
+        step: of `make_step`.
+        num_steps: of one dispatch.
+        sharding: of everything that comes out, that of the state where it is spread; None to leave it to the compiler.
 
     Returns:
         (state, data) -> (state, metrics), each metric [num_steps, ...].
@@ -181,7 +189,7 @@ def run_chunk(step: Step, num_steps: int) -> Step:
     def chunk(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, _: step(state, data), state, length=num_steps)
 
-    return jax.jit(chunk, donate_argnums=0)
+    return jax.jit(chunk, donate_argnums=0, out_shardings=sharding)
 
 
 def outer_optimizer(
@@ -224,6 +232,10 @@ def outer_optimizer(
     return optax.partition({"weights": rule(rate), "rates": rule(rate_of_rates or rate)}, labels)
 
 
+PATIENCE = 5
+"""Meta-steps in a row that may come to nothing."""
+
+
 class Divergence(RuntimeError):
     """Meta-training was stopped because its tasks kept losing finiteness."""
 
@@ -236,7 +248,7 @@ def train(
     *,
     chunk: int = 50,
     on_chunk: Callable[[TrainState, Metrics], None] = lambda state, metrics: None,
-    patience: int = 5,
+    patience: int = PATIENCE,
 ) -> TrainState:
     """Take meta-steps until `num_steps` have been taken since the run began.
 
@@ -250,7 +262,7 @@ def train(
         num_steps: of the whole run.
         chunk: meta-steps per dispatch, at least one.
         on_chunk: called after each dispatch with the state and the metrics [chunk, ...] as NumPy arrays.
-        patience: stop after this many meta-steps in a row in which half of the tasks or more were not finite.
+        patience: stop after this many meta-steps in a row that were `lost`.
 
     Raises:
         ValueError: a chunk below one.
@@ -259,22 +271,36 @@ def train(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     begin, failures = int(state.step), 0
-    run = functools.cache(lambda size: run_chunk(step, size))
+    whole = state.step.sharding if state.step.sharding.num_devices > 1 else None
+    run = functools.cache(lambda size: run_chunk(step, size, sharding=whole))
     while begin < num_steps:
         size = min(chunk, num_steps - begin)
         state, metrics = run(size)(state, data)
         metrics = jax.device_get(metrics)
         on_chunk(state, metrics)
         for offset in range(size):
-            failed = metrics["finite_share"][offset] <= 0.5
-            failures = failures + 1 if failed else 0
+            failures = failures + 1 if lost(metrics)[offset] else 0
             if failures >= patience:
                 raise Divergence(_advice(begin + offset, {name: value[offset] for name, value in metrics.items()}))
         begin += size
     return state
 
 
+def lost(metrics: Metrics) -> Array:
+    """Return which meta-steps [n] came to nothing: half of their tasks or more were not finite, or the update was not.
+
+    Args:
+        metrics: of a dispatch of n meta-steps.
+    """
+    return metrics["finite_share"] <= 0.5
+
+
 def _advice(step: int, metrics: Any) -> str:
+    if not metrics["num_nonfinite"]:
+        return (
+            f"meta-step {step}: the tasks are finite, but their direction or the parameters that it leads to are not, "
+            "and so it was for several meta-steps in a row. The outer rate is too large: divide it by ten, or clip"
+        )
     inner = int(metrics["bad_inner_step"])
     where = "on the query, after the inner loop" if inner < 0 else f"at inner step {inner}"
     return (

@@ -26,6 +26,18 @@ def _fresh_trace_counter():
     chex.clear_trace_counter()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _commands_use_one_device():
+    """Let commands use one device unless they are given more, since programs for several take longer to compile."""
+    from metagen_jax.sharding import task_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "metagen_jax.cli.train.task_mesh", lambda tasks, count=None: task_mesh(tasks, 1 if count is None else count)
+        )
+        yield
+
+
 @pytest.fixture
 def x64():
     """Run a test in 64-bit floats, for finite differences."""

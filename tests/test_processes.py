@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from metagen_jax.cli import main
+from metagen_jax.cli.distributed import ORDERED
 from metagen_jax.processes import agreed, agreed_tree, check_same, connect, is_first, largest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -70,6 +71,18 @@ def test_options_that_do_not_go_together_are_refused_and_nothing_is_written(opti
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "r").exists()
+
+
+def test_the_switch_for_gpus_is_one_that_xla_knows_and_is_given_once():
+    code = (
+        "import os, sys; from metagen_jax.cli.distributed import Distributed, join\n"
+        "join(Distributed(), deterministic=True); join(Distributed(), deterministic=True)\n"
+        "import jax; assert jax.jit(lambda x: x + 1)(1) == 2; print(os.environ['XLA_FLAGS'])"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["--xla_cpu_multi_thread_eigen=false", ORDERED]
 
 
 class Together:

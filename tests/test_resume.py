@@ -183,6 +183,22 @@ def test_other_versions_are_warned_of_in_one_line(place, tmp_path, capsys, monke
     )
 
 
+def test_a_run_goes_on_on_another_number_of_devices_which_is_said(place, tmp_path, capsys):
+    run = shutil.copytree(place.stopped, tmp_path / "r")
+    for folder in ("checkpoints/10", "meta.npz"):
+        path = run / folder
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["train", "--resume", str(run), "--distributed.devices", "2"]) == 0
+    assert "began on 1 devices and goes on on 2" in capsys.readouterr().err
+    whole, other = crash_test.ended(place.whole), crash_test.ended(run)
+    assert set(whole.arrays) == set(other.arrays)
+    for name, array in whole.arrays.items():
+        if array.dtype.kind == "f":
+            np.testing.assert_allclose(other.arrays[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(other.arrays[name], array, err_msg=name)
+
+
 def test_a_run_that_another_process_is_at_work_on_is_refused(place, tmp_path, capsys):
     run = shutil.copytree(place.stopped, tmp_path / "r")
     with run_directory.locked(run_directory.find(run)):
@@ -192,8 +208,8 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(place, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["maml", "vae"], "takes no other option; got learner, model"),
-        (["--seed", "1", "--outer.steps", "5"], "takes no other option; got seed, outer"),
+        (["maml", "vae"], "takes no other option but --distributed; got learner, model"),
+        (["--seed", "1", "--outer.steps", "5"], "takes no other option but --distributed; got seed, outer"),
     ],
 )
 def test_resume_takes_no_other_option(place, capsys, arguments, message):
@@ -258,7 +274,7 @@ def test_outside_the_main_thread_no_signal_is_caught():
 
 
 def test_a_signal_while_training_saves_the_end_of_the_dispatch(place, tmp_path, monkeypatch, capsys):
-    run, original, count = shutil.copytree(place.stopped, tmp_path / "r"), stages.append, []
+    run, original, count = shutil.copytree(place.stopped, tmp_path / "r"), keeping.append, []
     shutil.rmtree(run / "checkpoints" / "10")
 
     def told(path, record):
@@ -267,7 +283,7 @@ def test_a_signal_while_training_saves_the_end_of_the_dispatch(place, tmp_path, 
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "append", told)
+        patch.setattr(keeping, "append", told)
         assert main(["train", "--resume", str(run)]) == 143
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"metagen: stopped by SIGTERM; go on with: metagen train --resume {run}"

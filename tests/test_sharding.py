@@ -12,7 +12,8 @@ from problems import EVENT, flat, tiny_images, tiny_vae
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.build.data import Parts
-from metagen_jax.config import ConditionalConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
+from metagen_jax.cli.train import num_devices, spread
+from metagen_jax.config import ConditionalConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.sharding import bits, collectives, everywhere, here, of_bits, task_mesh
 from metagen_jax.tasks import splits
 from metagen_jax.train import init_state, make_step
@@ -61,6 +62,12 @@ def test_what_is_everywhere_comes_back_as_it_was_and_is_shared_with_nothing():
     assert everywhere(tree, None) is tree
 
 
+def test_what_is_in_pieces_is_not_taken_for_whole():
+    pieces = jax.sharding.NamedSharding(task_mesh(8), jax.sharding.PartitionSpec("task"))
+    with pytest.raises(ValueError, match=r"got one of \(8,\) in pieces"):
+        here(jax.device_put(jnp.arange(8), pieces))
+
+
 def test_keys_are_made_of_their_bits_knowing_the_dtype_alone():
     keys = jax.random.split(jax.random.key(5, impl="rbg"), 3)
     made = of_bits(bits(keys), jax.ShapeDtypeStruct((), keys.dtype))
@@ -68,30 +75,38 @@ def test_keys_are_made_of_their_bits_knowing_the_dtype_alone():
     np.testing.assert_array_equal(jax.random.key_data(made), jax.random.key_data(keys))
 
 
-def _adapted(mesh, which):
-    """Return the parameters that one of the tasks of a meta-step adapted to, by the displacement of Reptile."""
+def _adapted(mesh):
+    """Return what says to which parameters one of the tasks of a meta-step adapts, by the displacement of Reptile."""
     model, *_ = tiny_vae(hidden=(3,))
     family = mg.episodes(tiny_images(), 2, 3)
     learner = mg.reptile(model, mg.fixed(optax.sgd(1e-2)), 3)
     uniform = mg.uniform(family, NUM_TASKS)
 
     def alone(state, data, key, meta):
-        specs, _ = uniform.propose(state, data, key, meta)
-        return specs, jnp.zeros(NUM_TASKS).at[which].set(1.0)
+        specs, _ = uniform.propose(state[0], data, key, meta)
+        return specs, jnp.zeros(NUM_TASKS).at[state[1]].set(1.0)
 
-    sampler, optimizer = uniform._replace(propose=alone), optax.sgd(1.0)
-    step = make_step(learner, family, sampler, optimizer, mesh=mesh, task_chunk=1)
-    before = init_state(learner, sampler, optimizer, jax.random.key(0))
-    meta = jax.tree.map(np.asarray, before.meta)
-    after, metrics = jax.jit(step)(*everywhere((before, family.data), mesh))
-    return meta, here(after).meta, metrics
+    sampler = uniform._replace(
+        init=lambda key: (uniform.init(key), jnp.int32(0)), propose=alone, update=lambda state, *_: state
+    )
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_step(learner, family, sampler, optimizer, mesh=mesh, task_chunk=1))
+
+    def adapted(which):
+        before = init_state(learner, sampler, optimizer, jax.random.key(0))
+        before = before._replace(sampler=(before.sampler[0], jnp.int32(which)))
+        meta = jax.tree.map(np.asarray, before.meta)
+        after, metrics = step(*everywhere((before, family.data), mesh))
+        return meta, here(after).meta, metrics
+
+    return adapted
 
 
 def test_what_a_task_adapts_to_is_the_same_on_eight_devices_as_on_one():
-    seen = []
+    on_one, on_eight, seen = _adapted(None), _adapted(task_mesh(NUM_TASKS)), []
     for which in (0, 5, 7):
-        begin, one, metrics = _adapted(None, which)
-        _, eight, of_eight = _adapted(task_mesh(NUM_TASKS), which)
+        begin, one, metrics = on_one(which)
+        _, eight, of_eight = on_eight(which)
         np.testing.assert_allclose(flat(eight), flat(one), rtol=1e-6, atol=1e-7)
         assert np.abs(flat(one) - flat(begin)).max() > 1e-3
         for name, value in metrics.items():
@@ -120,6 +135,12 @@ def _spec(sampler, family):
     state = sampler.init(jax.random.key(0))
     specs, _ = sampler.propose(state, family.data, jax.random.key(1), {})
     return jax.tree.map(lambda leaf: leaf[0], specs)
+
+
+def test_a_run_is_spread_over_all_devices_that_share_its_tasks_out_unless_fewer_are_asked_for(monkeypatch):
+    monkeypatch.setattr("metagen_jax.cli.train.task_mesh", task_mesh)  # as it is outside tests
+    config = check(TrainConfig(data=DataConfig("strokes"), outer=OuterConfig(steps=4, tasks=12)))
+    assert [num_devices(spread(config, limit)) for limit in (None, 4, 1)] == [6, 4, 1]
 
 
 COMBINATIONS = [

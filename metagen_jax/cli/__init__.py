@@ -10,7 +10,7 @@ import tyro
 
 from metagen_jax.cli import adapt, compare, critics, evaluate, exchange, explore, info, plan, quickstart, resume
 from metagen_jax.cli.interruption import Interrupted
-from metagen_jax.cli.messages import explained
+from metagen_jax.cli.messages import cannot_be_written, explained
 from metagen_jax.config.bounds import check_bounds
 from metagen_jax.config.typed import check_types
 from metagen_jax.files import shown
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if with_traceback:
             traceback.print_exception(error)
-        bad_input = isinstance(error, (ValueError, ImportError, OSError))
+        bad_input = isinstance(error, (ValueError, ImportError, OSError)) and not cannot_be_written(error)
         return _end(explained(error), BAD_INPUT if bad_input else FAILED)
     return 0
 

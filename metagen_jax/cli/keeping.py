@@ -5,6 +5,7 @@ take part in everything else.
 """
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.metrics.likelihood import draws, label
 from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.progress import Progress
-from metagen_jax.run_directory import RunDirectory, append, read_metrics, trim, write
+from metagen_jax.run_directory import RunDirectory, append, located, read_metrics, trim, write
 from metagen_jax.sharding import here
-from metagen_jax.train import TrainState
+from metagen_jax.train import PATIENCE, TrainState, lost
 from metagen_jax.types import Key, Metrics, Params
 
 SHORT_CLASSES, SHORT_SAMPLES = 32, 10  # of the evaluation after training
@@ -121,7 +122,8 @@ class FolderKeeper(Keeper):
 
     def finish_warm(self, key: Key, warm: Params, num_steps: int) -> None:
         """Keep what the joint warm start learned."""
-        joint.finish(self.run, self.training, key, here(warm), num_steps)
+        with located(self.run.path):
+            joint.finish(self.run, self.training, key, here(warm), num_steps)
 
     @contextlib.contextmanager
     def phase(self, stage: Stage) -> Iterator[Phase]:
@@ -134,7 +136,8 @@ class FolderKeeper(Keeper):
     def finish(self, average: Params) -> None:
         """Draw and evaluate what was learned, and say that all is done."""
         run, config = self.run, self.config
-        report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
+        with located(run.figures):
+            report.save(report.learning_curve(read_metrics(run)), run.figures / "learning_curve.png")
         text = ""
         if self.keeping.short_evaluation and isinstance(self.training.built, build.WithDensity):
             key = jax.random.fold_in(jax.random.key(config.seed), SHORT)
@@ -160,6 +163,7 @@ class _FolderPhase(Phase):
         self.events: Any = None
         self.seconds = 0.0  # that the stage took before this process
         self.said = set[str]()
+        self.failing: int | None = None  # the step of a state at which meta-steps come to nothing
 
     def restored(self, target: TrainState) -> TrainState | None:
         return self.checkpoints.restore(target, warn=warn) if self.checkpoints.steps() else None
@@ -187,6 +191,7 @@ class _FolderPhase(Phase):
 
     def on_chunk(self, state: TrainState, metrics: Metrics) -> None:
         step, record = int(state.step), summarise(metrics)
+        self.failing = step if _failing(metrics) else None
         for kind, text in warnings_of(step, record).items():
             if kind not in self.said or kind == "nonfinite":
                 self.progress.note(text)
@@ -199,12 +204,22 @@ class _FolderPhase(Phase):
         self.progress.update(step, shown_loss(record))
 
     def save(self, state: TrainState) -> None:
+        if int(state.step) == self.failing:  # training may stop here, and then goes on from before that
+            self.failing = None  # if it does not, this is asked for again
+            return
         self.checkpoints.save(state)
         if self.stage == "warm start":
             return
         if int(state.step) == self.config.outer.steps:
             self.checkpoints.wait()  # meta-parameters of the last step say that there is nothing left to learn
-        save_meta(self.run.meta, here(state.average), step=int(state.step))
+        with located(self.run.meta):
+            save_meta(self.run.meta, here(state.average), step=int(state.step))
+
+
+def _failing(metrics: Metrics) -> bool:
+    """Return whether the last meta-step of a dispatch was lost, or so many in a row that training stops."""
+    rows = [len(list(row)) for is_lost, row in itertools.groupby(lost(metrics)) if is_lost]
+    return bool(lost(metrics)[-1]) or max(rows, default=0) >= PATIENCE
 
 
 def held_out(data: Parts) -> Part:

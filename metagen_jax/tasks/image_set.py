@@ -102,8 +102,11 @@ def save(images: ImageSet, path: Path) -> None:
     header |= {"class_names": images.class_names, "groups": images.groups, "note": images.note}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.partial.npz")  # two processes may make the same set
-    np.savez_compressed(temporary, pixels=pixels, count=images.count, header=json.dumps(header))
-    temporary.replace(path)
+    try:
+        np.savez_compressed(temporary, pixels=pixels, count=images.count, header=json.dumps(header))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> ImageSet:

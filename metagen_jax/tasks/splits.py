@@ -9,6 +9,7 @@ so that a split that was edited, or that belongs to other data, is refused rathe
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,13 +126,18 @@ def default(images: ImageSet, seed: int = 0) -> Split:
 
 
 def write(split: Split, images: ImageSet, path: Path | str) -> None:
-    """Write the index file of a split of these images."""
+    """Write the index file of a split of these images, whole or not at all."""
     names = {part: [images.class_names[c] for c in getattr(split, part)] for part in PARTS}
     content: dict[str, Any] = {"format": FORMAT, "source": _source(images), "kind": split.kind, **names}
     content["sha256"] = _digest(split.kind, names)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path | str, images: ImageSet) -> Split:
