@@ -28,7 +28,7 @@ def main() -> None:
     """Train in turns, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=measuring.RESULTS)
     arguments = parser.parse_args()
     config = check(TrainConfig(data=DataConfig("glyphs"), outer=OuterConfig(steps=1000, tasks=8, warm_start=0)))

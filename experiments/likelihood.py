@@ -121,7 +121,7 @@ ROWS = {
     "flow, mean": _flow("amortised"),
     "flow, MAML": _flow("maml", begin="flow", steps=3),
     "flow, FOMAML": _flow("fomaml", begin="flow", steps=3),
-    "flow, Reptile": _flow("reptile", begin="flow", steps=3, inner=InnerConfig(rate=0.03, fast_rate=0.03)),
+    "flow, Reptile": _flow("reptile", begin="flow", steps=3, inner=InnerConfig(rate=0.01, fast_rate=0.01)),
 }
 ENDS = (4.0, 8.0, 16.0)  # signal to noise of a flow's bound, chosen on validation classes
 
