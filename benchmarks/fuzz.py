@@ -42,10 +42,11 @@ from metagen_jax import build
 from metagen_jax.cli import adapt, compare, critics, explore, labels, likelihood, main, plan, resume, samples, train
 from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.parameters import save_meta
-from metagen_jax.run_directory import append, create, write
+from metagen_jax.run_directory import create
 from metagen_jax.tasks import sources
 from metagen_jax.tasks.image_set import ImageSet, image_set
 from metagen_jax.tasks.sources.typefaces import SCRIPTS
+from metagen_jax.writing import append, write
 
 COMPUTING = (
     (train, "carry_out"),

@@ -122,6 +122,15 @@ def test_a_run_that_is_complete_says_so_and_is_left_as_it_is(place, capsys):
     assert {path: path.read_bytes() for path in place.killed.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_whose_last_meta_step_alone_is_lost_is_saved_at_its_end(place, tmp_path, monkeypatch):
+    run = shutil.copytree(place.stopped, tmp_path / "r")
+    for path in (run / "checkpoints" / "10", run / "meta.npz"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr(keeping, "lost", lambda metrics: np.arange(2) == 1)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert equal(place.whole, run)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_it(place, tmp_path, capsys):
     run = shutil.copytree(place.stopped, tmp_path / "r")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "8"]

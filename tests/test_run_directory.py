@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metagen_jax import run_directory
+from metagen_jax import run_directory, writing
 from metagen_jax.build import Parts
 from metagen_jax.config import DataConfig, InnerConfig, TrainConfig, resolve
 from metagen_jax.tasks.image_set import image_set
@@ -104,10 +104,8 @@ def test_folder_without_a_run_names_the_runs_beside_it(tmp_path):
 def test_metrics_survive_values_that_are_not_finite_and_a_line_cut_off(tmp_path):
     run = run_directory.create(tmp_path / "r", CONFIG, STROKES)
     assert run_directory.read_metrics(run) == []
-    run_directory.append(
-        run.metrics, {"step": np.int32(5), "loss": math.nan, "support/loss": jnp.array([1.0, jnp.inf])}
-    )
-    run_directory.append(run.metrics, {"step": 10, "loss": 2.5})
+    writing.append(run.metrics, {"step": np.int32(5), "loss": math.nan, "support/loss": jnp.array([1.0, jnp.inf])})
+    writing.append(run.metrics, {"step": 10, "loss": 2.5})
     with run.metrics.open("a") as file:
         file.write('{"step": 15, "lo')
     expected = [{"step": 5, "loss": None, "support/loss": [1.0, None]}, {"step": 10, "loss": 2.5}]
@@ -122,7 +120,7 @@ def test_lines_after_a_step_and_a_line_cut_off_are_taken_back_and_the_rest_stays
     assert run_directory.trim(run, lambda record: True) == []
     assert not run.metrics.exists()
     for step in (5, 10, 15):
-        run_directory.append(run.metrics, {"step": step, "loss": 0.1 * step, "other": math.inf})
+        writing.append(run.metrics, {"step": step, "loss": 0.1 * step, "other": math.inf})
     whole = run.metrics.read_bytes()
     with run.metrics.open("a") as file:
         file.write('{"step": 20, "lo')
@@ -136,11 +134,11 @@ def test_lines_after_a_step_and_a_line_cut_off_are_taken_back_and_the_rest_stays
 def test_a_record_is_one_write_and_one_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
     path, writes, write = tmp_path / "metrics.jsonl", [], os.write
     monkeypatch.setattr("os.write", lambda file, line: writes.append(line) or write(file, line))
-    run_directory.append(path, {"step": 1})
+    writing.append(path, {"step": 1})
     assert writes == [b'{"step": 1}\n']
     monkeypatch.setattr("os.write", lambda file, line: write(file, line[:4]))  # the disk is full
     with pytest.raises(OSError, match="No space left"):
-        run_directory.append(path, {"step": 2})
+        writing.append(path, {"step": 2})
     assert path.read_bytes() == b'{"step": 1}\n'
 
 

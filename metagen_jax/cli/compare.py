@@ -31,9 +31,10 @@ from metagen_jax.config import CONDITIONAL, LEARNERS, TrainConfig, for_learner, 
 from metagen_jax.parameters import load_meta
 from metagen_jax.progress import Progress
 from metagen_jax.report import Line
-from metagen_jax.run_directory import check_free, jsonable, next_path, read_metrics
+from metagen_jax.run_directory import check_free, next_path, read_metrics
 from metagen_jax.train import Divergence
 from metagen_jax.types import Params
+from metagen_jax.writing import jsonable
 
 Equal = Literal["gradients", "operations", "time"]
 

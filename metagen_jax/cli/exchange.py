@@ -36,11 +36,11 @@ from metagen_jax.run_directory import (
     differences,
     next_path,
     read_config,
-    write,
 )
 from metagen_jax.tasks import splits
 from metagen_jax.tasks.image_set import image_set
 from metagen_jax.types import Params
+from metagen_jax.writing import write
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,9 +31,9 @@ from metagen_jax.models.adversarial_autoencoder import AdversarialAutoencoder
 from metagen_jax.models.bidirectional import BidirectionalGan
 from metagen_jax.models.gan import Gan
 from metagen_jax.models.vae import Vae
-from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.types import Array, Params
+from metagen_jax.writing import jsonable
 
 CHUNK = 500  # images encoded at a time
 RESTARTS, STEPS, EM_STEPS, FLOOR = 3, 50, 30, 0.05  # the floor is a share of the mean variance within clusters

@@ -27,10 +27,11 @@ from metagen_jax.metrics.interval import over_classes
 from metagen_jax.metrics.likelihood import draws, label
 from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.progress import Progress
-from metagen_jax.run_directory import RunDirectory, append, located, read_metrics, trim, write
+from metagen_jax.run_directory import RunDirectory, read_metrics, trim
 from metagen_jax.sharding import here
 from metagen_jax.train import PATIENCE, TrainState, lost
 from metagen_jax.types import Key, Metrics, Params
+from metagen_jax.writing import append, located, write
 
 SHORT_CLASSES, SHORT_SAMPLES = 32, 10  # of the evaluation after training
 WARM_START, META, SHORT = range(3)  # what the seed's keys are folded for
@@ -65,8 +66,8 @@ class Phase:
     def on_chunk(self, state: TrainState, metrics: Metrics) -> None:
         """Keep the metrics of a dispatch, and show them."""
 
-    def save(self, state: TrainState) -> None:
-        """Keep a state."""
+    def save(self, state: TrainState, *, ends: bool = False) -> None:
+        """Keep a state, unless meta-steps come to nothing there and training may stop; with `ends`, it has not."""
 
 
 class Keeper:
@@ -203,9 +204,8 @@ class _FolderPhase(Phase):
                 self.events.add_scalar(f"{self.stage}/{name}", value, step)
         self.progress.update(step, shown_loss(record))
 
-    def save(self, state: TrainState) -> None:
-        if int(state.step) == self.failing:  # training may stop here, and then goes on from before that
-            self.failing = None  # if it does not, this is asked for again
+    def save(self, state: TrainState, *, ends: bool = False) -> None:
+        if int(state.step) == self.failing and not ends:  # a run that stops here goes on from before that
             return
         self.checkpoints.save(state)
         if self.stage == "warm start":

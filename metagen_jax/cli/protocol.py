@@ -22,9 +22,9 @@ from metagen_jax.meta.learners import MetaLearner
 from metagen_jax.parameters import load_meta, save_meta
 from metagen_jax.progress import Progress
 from metagen_jax.report import Column
-from metagen_jax.run_directory import jsonable
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.types import Key, Metrics, Params
+from metagen_jax.writing import jsonable
 
 CHOICE_CLASSES = 16  # by which the baselines' rates are chosen
 STRIP_TASKS, STRIP_IMAGES, STRIP_STEPS = 8, 4, (0, 1, 3, 5)

@@ -75,7 +75,7 @@ def _learn(keeper: Keeper, config: TrainConfig, training: Training, every: int, 
                 )
                 state = train(first, state, data, early, chunk=CHUNK, on_chunk=on_chunk)
             state = train(training.step, state, data, num_steps, chunk=CHUNK, on_chunk=on_chunk)
-            phase.save(state)
+            phase.save(state, ends=True)
     return here(state.average)
 
 
