@@ -12,7 +12,6 @@ Source of the second format: Hugging Face, safetensors, "Format", 2022.
 """
 
 import contextlib
-import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -130,14 +129,11 @@ def _claim(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Claim:
     if member.compress_size != member.file_size:
         raise ValueError(f"{member.filename} has two sizes")
     with archive.open(member) as file:
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-        size = file.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or any(length < 0 for length in shape):
-        raise ValueError(f"{member.filename} is no array of numbers")
-    if size != member.file_size:
-        raise ValueError(f"{member.filename} has {member.file_size} bytes, and {size} by its own header")
-    return _Claim(shape, "bfloat16" if dtype == np.dtype("V2") else dtype.name)
+        try:
+            found = files.claim(file, member.file_size)
+        except ValueError as error:
+            raise ValueError(f"{member.filename}: {error}") from error
+    return _Claim(found.shape, "bfloat16" if found.dtype == np.dtype("V2") else found.dtype.name)
 
 
 @contextlib.contextmanager

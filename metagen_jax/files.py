@@ -12,7 +12,7 @@ import os
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,19 @@ MAX_TEXT = 1 << 28  # bytes of a text; a million lines of metrics.jsonl are fewe
 MAX_DEPTH = 32  # of nested JSON; what this package writes has less than ten, and Python itself gives up near a thousand
 MAX_MEMBER, MAX_RATIO = 1 << 30, 1000  # a larger member of an archive that is compressed more than so is a bomb
 KINDS = "biufcUSV"  # of arrays: numbers, texts, and the raw bytes in which NumPy keeps bfloat16
+
+
+class Claim(NamedTuple):
+    """What the header of an array says of it."""
+
+    shape: tuple[int, ...]
+    in_columns: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def shown(value: object, limit: int = 300) -> str:
@@ -173,6 +186,15 @@ def arrays(path: Path | str) -> dict[str, np.ndarray]:
     return found
 
 
+def claim(file: IO[bytes], size: int) -> Claim:
+    """Return what the header of an array of so many bytes, header included, claims; its data are not read.
+
+    Raises:
+        ValueError: no array, one of objects or records, or another size than its header claims.
+    """
+    return _claimed(file, size)[0]
+
+
 def reason(error: BaseException) -> str:
     """Return what an error says, in one line: without the path, which the reader of the message knows."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -181,6 +203,19 @@ def reason(error: BaseException) -> str:
 
 def _array(file: Any, size: int) -> np.ndarray:
     """Read an array of so many bytes, header included."""
+    found, data = _claimed(file, size)
+    try:
+        if not found.size:
+            return np.zeros(found.shape, found.dtype)
+        whole = data + file.read(found.size - len(data))
+        values = np.frombuffer(whole, found.dtype, count=math.prod(found.shape)).copy()
+        return values.reshape(found.shape, order="F" if found.in_columns else "C")
+    except Exception as error:  # cut off, damaged, of a packing that is not here, or beyond the memory
+        raise ValueError(reason(error)) from error
+
+
+def _claimed(file: Any, size: int) -> tuple[Claim, bytes]:
+    """Return what the header of an array claims, and the data that were read with it."""
     try:
         beginning = io.BytesIO(file.read(1 << 15))  # a header has at most 10,000 bytes
         version = np.lib.format.read_magic(beginning)
@@ -194,15 +229,10 @@ def _array(file: Any, size: int) -> np.ndarray:
         raise ValueError(f"it holds objects or records ({shown(dtype, 60)}), not plain numbers")
     if any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"its header claims a shape of {shown(shape, 60)}")
-    claimed, there = math.prod(shape) * dtype.itemsize, size - beginning.tell()
-    if claimed != there:
-        raise ValueError(f"its header claims {shown(shape, 60)} of {dtype}, {claimed:,} bytes; there are {there:,}")
-    try:
-        data = beginning.read() + file.read(claimed)
-        values = np.frombuffer(data, dtype, count=math.prod(shape)).copy() if claimed else np.zeros(shape, dtype)
-        return values.reshape(shape, order="F" if in_columns else "C")
-    except Exception as error:  # cut off, damaged, of a packing that is not here, or beyond the memory
-        raise ValueError(reason(error)) from error
+    found, there = Claim(shape, in_columns, dtype), size - beginning.tell()
+    if found.size != there:
+        raise ValueError(f"its header claims {shown(shape, 60)} of {dtype}, {found.size:,} bytes; there are {there:,}")
+    return found, beginning.read()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

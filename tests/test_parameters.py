@@ -203,14 +203,14 @@ GOOD = ("header.npy", member(HEADER))
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([GOOD, ("prior.mean.npy", member(shape=HUGE))], "12 bytes|by its own header"),
-        ([GOOD, ("prior.mean.npy", member(shape=(1 << 62, 1 << 62)))], "by its own header"),
-        ([GOOD, ("prior.mean.npy", member(shape=(-3,)))], "no array of numbers"),
-        ([GOOD, ("prior.mean.npy", member(data=b"\0" * 400))], "by its own header"),
-        ([GOOD, ("prior.mean.npy", member(np.array([object()] * 3, object)))], "no array of numbers"),
+        ([GOOD, ("prior.mean.npy", member(shape=HUGE))], "its header claims"),
+        ([GOOD, ("prior.mean.npy", member(shape=(1 << 62, 1 << 62)))], "its header claims"),
+        ([GOOD, ("prior.mean.npy", member(shape=(-3,)))], "its header claims a shape"),
+        ([GOOD, ("prior.mean.npy", member(data=b"\0" * 400))], "its header claims"),
+        ([GOOD, ("prior.mean.npy", member(np.array([object()] * 3, object)))], "it holds objects"),
         ([GOOD, ("prior.mean.npy", member(descr="<f8", data=b"\0" * 24))], "prior.mean is float64"),
         ([GOOD, ("prior.mean.npy", member(descr="<i4"))], "prior.mean is int32"),
-        ([GOOD, ("prior.mean.npy", member(descr=[("a", "<f4")]))], "prior.mean is void"),
+        ([GOOD, ("prior.mean.npy", member(descr=[("a", "<f4")]))], "it holds objects or records"),
         ([GOOD, ("prior.mean.npy", b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16)], "damaged"),
         ([GOOD, ("prior.mean.npy", b"")], "damaged"),
         ([GOOD, ("prior.mean", member(np.zeros(3, "f4")))], "not an uncompressed array"),
@@ -221,7 +221,7 @@ GOOD = ("header.npy", member(HEADER))
         ([("header.npy", member("[1]"))], "damaged"),
         ([("header.npy", member("[" * 100_000))], "damaged"),
         ([("header.npy", member('{"format": 1, "format": 1}'))], "twice"),
-        ([("header.npy", member(descr="<U300000000", shape=(), data=b"0000"))], "by its own header"),
+        ([("header.npy", member(descr="<U300000000", shape=(), data=b"0000"))], "its header claims"),
     ],
 )
 def test_a_zip_that_lies_is_refused_before_memory_is_asked_for(tmp_path, members, message):

@@ -11,8 +11,7 @@ import tyro
 from metagen_jax.cli import adapt, compare, critics, evaluate, exchange, explore, info, plan, quickstart, resume
 from metagen_jax.cli.interruption import Interrupted
 from metagen_jax.cli.messages import cannot_be_written, explained
-from metagen_jax.config.bounds import check_bounds
-from metagen_jax.config.typed import check_types
+from metagen_jax.config.values import check_values
 from metagen_jax.files import shown
 from metagen_jax.processes import leave_the_others
 from metagen_jax.tasks.cache import directory
@@ -69,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
-        check_bounds(command)
-        check_types(command)
+        check_values(command)
         if not isinstance(command, plan.Plan):  # which writes nothing, and says how long compiling takes
             _keep_programs()
         RUN[type(command)](command)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-from metagen_jax.config.bounds import check_bounds
 from metagen_jax.config.defaults import given, resolve
 from metagen_jax.config.names import (
     ALL_GAMES,
@@ -27,13 +26,12 @@ from metagen_jax.config.records import (
     ModelConfig,
     TrainConfig,
 )
-from metagen_jax.config.typed import check_types
+from metagen_jax.config.values import check_values
 
 
 def check(config: TrainConfig) -> TrainConfig:
     """Return the configuration, resolved, or raise `ValueError` with the nearest names or the number that is off."""
-    check_bounds(config)
-    check_types(config)
+    check_values(config)
     known("learner", config.learner, LEARNERS)
     known("model", config.model, MODELS)
     _check_read(config)

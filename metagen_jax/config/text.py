@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metagen_jax.config.bounds import check_bounds
 from metagen_jax.config.defaults import resolve
 from metagen_jax.config.records import (
     AdversarialConfig,
@@ -18,7 +17,7 @@ from metagen_jax.config.records import (
     OuterConfig,
     TrainConfig,
 )
-from metagen_jax.config.typed import check_types
+from metagen_jax.config.values import check_values
 from metagen_jax.files import parsed
 
 SCHEMA = 2
@@ -61,8 +60,7 @@ def from_json(text: str, *, where: Path | str = "config") -> TrainConfig:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} does not fit this version ({error}); use the version that wrote it") from error
     try:
-        check_bounds(config)
-        check_types(config)
+        check_values(config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return resolve(config)  # whatever an earlier version did not know of
