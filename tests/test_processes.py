@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -185,7 +184,3 @@ def test_processes_that_were_given_different_things_all_say_so_and_write_nothing
         for index in (0, 1):
             assert "the configuration of process 1 differs from that of process 0" in both.said(index)
     assert not run.exists()
-
-
-def test_this_file_is_run_by_one_process():
-    assert jax.process_count() == 1

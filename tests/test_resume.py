@@ -208,6 +208,26 @@ def test_a_run_goes_on_on_another_number_of_devices_which_is_said(place, tmp_pat
             np.testing.assert_array_equal(other.arrays[name], array, err_msg=name)
 
 
+def test_tensorboard_is_told_to_pass_over_the_points_that_follow_the_checkpoint(place, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    run = shutil.copytree(place.stopped, tmp_path / "r")
+    content = json.loads((run / "config.json").read_text())
+    content["provenance"]["options"]["tensorboard"] = True
+    (run / "config.json").write_text(json.dumps(content))
+    shutil.rmtree(run / "checkpoints" / "10")
+    (run / "meta.npz").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+    (path,) = (run / "tensorboard" / "meta").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # records of TFRecord: a length of 8 bytes, 4 of its checksum, the event, 4 of its checksum
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [9]
+    assert {event.step for event in events if event.summary.value} == {10}
+
+
 def test_a_run_that_another_process_is_at_work_on_is_refused(place, tmp_path, capsys):
     run = shutil.copytree(place.stopped, tmp_path / "r")
     with run_directory.locked(run_directory.find(run)):

@@ -81,7 +81,7 @@ class Train:
     tensorboard: bool = False
     """also write TensorBoard events into the run's folder (extra: tensorboard)"""
     deterministic: bool = False
-    """on GPUs, use only kernels that add in a fixed order, and are slower; CPUs and TPUs always do"""
+    """on GPUs, use only kernels that add in a fixed order, which may be slower; on CPUs it changes nothing"""
     network: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inner: InnerConfig = dataclasses.field(default_factory=InnerConfig)
     outer: OuterConfig = dataclasses.field(default_factory=OuterConfig)
