@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ PACKAGES = ("metagen-jax", "jax", "jaxlib", "orbax-checkpoint", "optax", "numpy"
 SEAL = "whole.json"  # in the folder of a checkpoint
 ITEM = "default"  # folder of the state beside it, as orbax has it
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are being written
+DISCARD_TRIES, DISCARD_PAUSE = 20, 0.05  # at taking those away, and seconds between
 
 
 class Damaged(ValueError):
@@ -44,7 +46,8 @@ class Checkpoints:
     """The training states of one run; as a context manager, leaving it waits for the last one to be written.
 
     What cannot be written, for a full disk say, is an `OSError` with the system's code: of the next `save` or `wait`,
-    or on leaving, where no other error is on its way. Nothing half-written is left behind then.
+    or on leaving, where no other error is on its way. Nothing half-written has the name of a checkpoint then, and what
+    else was written of it is taken away, at the latest by the next `discard_after`.
 
     They are those of one process, which alone opens the folder, and are whole in it whatever devices they were on.
     """
@@ -188,11 +191,19 @@ class Checkpoints:
         self._manager.reload()
 
     def _discard_halves(self) -> None:
-        """Take away what was left by savings that were cut off; what cannot be taken away is never read."""
-        with contextlib.suppress(OSError):
-            for entry in self.path.iterdir():
-                if entry.is_dir() and TEMPORARY in entry.name:
-                    shutil.rmtree(entry)
+        """Take away what was left by savings that were cut off; what cannot be taken away is never read.
+
+        A saving that failed in one thread may still be writing in another: its folder is not empty then when its files
+        have been taken away, and is tried again.
+        """
+        for _ in range(DISCARD_TRIES):
+            with contextlib.suppress(OSError):
+                halves = [entry for entry in self.path.iterdir() if entry.is_dir() and TEMPORARY in entry.name]
+                if not halves:
+                    return
+                for entry in halves:
+                    shutil.rmtree(entry, ignore_errors=True)
+            time.sleep(DISCARD_PAUSE)
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[None]:

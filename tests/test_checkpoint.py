@@ -1,5 +1,8 @@
+import contextlib
 import json
 import shutil
+import threading
+import time
 
 import chex
 import jax
@@ -150,6 +153,30 @@ def test_folders_that_are_half_there_are_skipped(tmp_path):
         checkpoints.save(state_of(3, 4))
     with Checkpoints(origin) as checkpoints:
         assert int(checkpoints.restore(target_of_three()).step) == 4
+
+
+def test_what_another_thread_still_writes_of_a_saving_that_failed_is_taken_away_too(tmp_path):
+    half = tmp_path / "c" / "5.orbax-checkpoint-tmp"
+    until, made = time.monotonic() + 0.5, []
+
+    def write():
+        while time.monotonic() < until and half.exists():
+            with contextlib.suppress(OSError):
+                for number in range(200):  # each of them may be the one that keeps the folder from being removed
+                    (half / f"{len(made)}-{number}").write_text("half")
+                made.append(number)
+
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(state_of(3, 2))
+        checkpoints.wait()
+        half.mkdir()
+        writer = threading.Thread(target=write)
+        writer.start()
+        while not made:
+            time.sleep(0.001)
+        checkpoints.discard_after(2)
+        writer.join()
+    assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["2"]
 
 
 def test_where_no_checkpoint_is_whole_that_is_an_error_and_nothing_is_taken_away(tmp_path):
