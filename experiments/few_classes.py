@@ -10,8 +10,8 @@ mixed, no rotations; the first 50, 100, 200 or all of the training characters, w
 row saw the images of those characters only. Learner: prototypes on 4 stride-2 convolutions of 32 channels, 20-way, 1
 support and 2 query images. "Generated" tasks (half of the tasks) are made around training images; their other images
 are all decoded, or, where images are deformed, half of them; "interpolated" ones blend two real tasks (share 0.5).
-Every training has the same CPU time on one core, without compiling; 1,000 test tasks of 15 queries a class from the
-323; non-transductive.
+Every training has the same CPU time on one core, without compiling, or the same `--meta-steps`; 1,000 test tasks of 15
+queries a class from the 323; non-transductive.
 
     taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/few_classes --seeds 0 1 2  # 35 min each
     taskset -c 0 python experiments/few_classes.py --data-dir DIR --out runs/quick --quick              # 3 min
@@ -22,7 +22,6 @@ A run that was stopped goes on where it was.
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.baselines import train_joint
+from metagen_jax.budget import train_for
 from metagen_jax.config import DataConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.latent.anchors import from_images
@@ -45,8 +45,7 @@ from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.mixing import interpolated, mixed, with_variants
 from metagen_jax.tasks.splits import by_count
-from metagen_jax.train import TrainState
-from metagen_jax.types import Metrics, Params
+from metagen_jax.types import Params
 
 SETTINGS = ((5, 1), (20, 1))  # ways, shots
 LATENTS = 32
@@ -60,7 +59,9 @@ class Config:
 
     channels: tuple[int, ...] = (32, 32, 32, 32)
     classes: tuple[int, ...] = (50, 100, 200, 1200)
-    seconds: float = 50.0  # CPU time of a training
+    seconds: float = 50.0  # of a training
+    meta_steps: int | None = None  # instead
+    chunk: int = 25  # meta-steps per dispatch
     tasks: int = 4  # of a meta-step
     way: int = 20
     query: int = 2
@@ -133,23 +134,15 @@ def learner_of(config: Config, way: int) -> tuple[mg.Classifier, mg.MetaLearner]
 
 
 def train(config: Config, family: TaskFamily, seed: int) -> tuple[Params, dict[str, float]]:
-    """Train for the CPU time that there is; return averaged meta-parameters and what it took."""
+    """Train for the budget that there is; return averaged meta-parameters and what it took."""
     learner, sampler = learner_of(config, config.way)[1], mg.uniform(family, config.tasks)
 
-    def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
-        optimizer = mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
-        step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
-        state, times = mg.init_state(learner, sampler, optimizer, jax.random.key(seed)), [time.process_time()]
+    def rule(num_steps: int) -> Any:
+        return mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
 
-        def on_chunk(state: TrainState, metrics: Metrics) -> None:
-            times.append(time.process_time())
-
-        return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
-
-    _, times = run(20, 10)  # the first dispatch compiles
-    num_steps = 25 * max(1, round(config.seconds * 10 / (times[2] - times[1]) / 25))
-    state, times = run(num_steps, 25)
-    return state.average, {"meta_steps": num_steps, "seconds": times[-1] - times[1]}
+    options: dict[str, Any] = {"chunk": config.chunk, "meta_steps": config.meta_steps}
+    spent = train_for(learner, family, sampler, rule, config.seconds, jax.random.key(seed), **options)
+    return spent.meta, {"meta_steps": spent.meta_steps, "seconds": spent.seconds}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -181,9 +174,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=Config.seconds)
+    parser.add_argument("--meta-steps", type=int, help="of every training, instead of a budget of time")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config(seconds=arguments.seconds)
+    config = Config(seconds=arguments.seconds, meta_steps=arguments.meta_steps)
     if arguments.quick:
         config = dataclasses.replace(config, seconds=3.0, vae_steps=150, test_tasks=20, classes=(50, 1200))
     out = arguments.out

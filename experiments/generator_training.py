@@ -9,8 +9,9 @@ Protocol: 28x28 binary Omniglot (the binarisation of `omniglot_gmn`), 1200 / 100
 mixed, no rotations; an epoch is 24,000 training images, without labels. Every image of a training task is decoded, none
 is deformed: anchors are codes of the prior, apart, for both generators, other images are `others(0.3)` (spherical for
 the GAN). Learner: prototypes on 4 stride-2 convolutions of 32 channels, 20-way, 1 support and 2 query images, the same
-CPU time for each point; 1,000 test tasks of 15 queries a class; non-transductive. VAE: dense 400-400, 32 dimensions;
-GAN: convolutional, Wasserstein with gradient penalty, 64 dimensions. Epoch 0 is the untrained generator.
+CPU time (or `--meta-steps`) for each point; 1,000 test tasks of 15 queries a class; non-transductive. VAE: dense
+400-400, 32 dimensions; GAN: convolutional, Wasserstein with gradient penalty, 64 dimensions. Epoch 0 is the untrained
+generator.
 
     taskset -c 0 python experiments/generator_training.py --data-dir DIR --out runs/generators --seeds 0 1 2
     taskset -c 0 python experiments/generator_training.py --data-dir DIR --out runs/quick --quick   # 3 min
@@ -21,7 +22,6 @@ A run that was stopped goes on where it was.
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import numpy as np
 
 import metagen_jax as mg
 from metagen_jax import build
+from metagen_jax.budget import clock, train_for
 from metagen_jax.config import AdversarialConfig, DataConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.latent.anchors import from_prior, separation
@@ -39,8 +40,7 @@ from metagen_jax.metrics.interval import over_seeds
 from metagen_jax.report import table
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.splits import by_count
-from metagen_jax.train import TrainState
-from metagen_jax.types import Metrics, Params
+from metagen_jax.types import Params
 
 SETTINGS = ((5, 1), (20, 1))  # ways, shots
 TEST = 100  # what the seed's key is folded for
@@ -56,7 +56,9 @@ class Config:
     vae_epochs: tuple[int, ...] = (0, 1, 3, 10, 30, 50, 100)
     gan_epochs: tuple[int, ...] = (0, 1, 3, 10)
     images: int = 24_000  # of an epoch
-    seconds: float = 40.0  # CPU time of a learner's training
+    seconds: float = 40.0  # of a learner's training
+    meta_steps: int | None = None  # of it, instead
+    chunk: int = 25  # meta-steps per dispatch
     tasks: int = 4  # of a meta-step
     way: int = 20
     query: int = 2
@@ -104,9 +106,9 @@ def generators(config: Config, kind: str, data: build.Parts, seed: int) -> Any:
     draw = from_prior(LATENTS[kind], apart=separation(LATENTS[kind]))
     vary = others(config.strength, spherical=kind == "gan")
     for epoch, until in zip(epochs, steps, strict=True):
-        began = time.process_time()
+        began = clock()
         state = mg.train(step, state, family.data, until, chunk=50)
-        seconds += time.process_time() - began  # of the generator alone, compiling included
+        seconds += clock() - began  # of the generator alone, compiling included
         bank = latent_bank(generator, jax.tree.map(np.asarray, state.average))  # the state itself is given away
         tasks = latent_tasks(generator, bank, draw, vary, 1, config.query, way=config.way)
         yield epoch, tasks, seconds
@@ -123,22 +125,15 @@ def learner_of(config: Config, way: int) -> tuple[mg.Classifier, mg.MetaLearner]
 
 
 def train(config: Config, family: TaskFamily, seed: int) -> tuple[Params, int]:
-    """Train for the CPU time that there is; return averaged meta-parameters and meta-steps."""
+    """Train a learner for its budget; return averaged meta-parameters and meta-steps."""
     learner, sampler = learner_of(config, config.way)[1], mg.uniform(family, config.tasks)
 
-    def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
-        optimizer = mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
-        step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
-        state, times = mg.init_state(learner, sampler, optimizer, jax.random.key(seed)), [time.process_time()]
+    def rule(num_steps: int) -> Any:
+        return mg.outer_optimizer(2e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
 
-        def on_chunk(state: TrainState, metrics: Metrics) -> None:
-            times.append(time.process_time())
-
-        return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
-
-    _, times = run(20, 10)  # the first dispatch compiles
-    num_steps = 25 * max(1, round(config.seconds * 10 / (times[2] - times[1]) / 25))
-    return run(num_steps, 25)[0].average, num_steps
+    options: dict[str, Any] = {"chunk": config.chunk, "meta_steps": config.meta_steps}
+    spent = train_for(learner, family, sampler, rule, config.seconds, jax.random.key(seed), **options)
+    return spent.meta, spent.meta_steps
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -150,7 +145,7 @@ def markdown(results: dict[str, Any]) -> str:
             cells = [_cell([found["accuracy"][name] for found in seeds.values()]) for name in names]
             seconds = np.mean([found["seconds"] for found in seeds.values()])
             lines.append([kind, epoch, f"{seconds:.0f}", *cells])
-    return table(["generator", "epochs", "its CPU-seconds", *names], lines) + "\n"
+    return table(["generator", "epochs", "its seconds", *names], lines) + "\n"
 
 
 def _cell(values: list[float]) -> str:
@@ -165,9 +160,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--kinds", nargs="*", default=["vae", "gan"], choices=["vae", "gan"])
+    parser.add_argument("--meta-steps", type=int, help="of every learner, instead of a budget of time")
+    parser.add_argument("--gan-epochs", type=int, nargs="+", default=list(Config.gan_epochs), help="ascending")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config()
+    config = Config(gan_epochs=tuple(arguments.gan_epochs), meta_steps=arguments.meta_steps)
     if arguments.quick:
         config = Config(vae_epochs=(0, 2), gan_epochs=(0, 1), images=8000, seconds=3.0, test_tasks=20)
     out = arguments.out

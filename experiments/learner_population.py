@@ -29,7 +29,8 @@ same tasks; nothing is chosen by test tasks.
     taskset -c 0 python experiments/learner_population.py --data-dir DIR --out runs/population  # about 15 min a seed
     taskset -c 0 python experiments/learner_population.py --data-dir DIR --out runs/quick --quick
 
-A run that was stopped goes on with the next seed. Member-steps per CPU-second are measured in the same run, with all
+A run that was stopped goes on with the next seed. Member-steps per second (of CPU time; on an
+accelerator, of time) are measured in the same run, with all
 members in one vmap, one after the other in one program, and for a program of one member.
 """
 
@@ -38,7 +39,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ import optax
 
 import metagen_jax as mg
 from metagen_jax import build
+from metagen_jax.budget import clock
 from metagen_jax.config import DataConfig
 from metagen_jax.meta.learners import task_keys
 from metagen_jax.population.distillation import distilled, holding, with_teachers
@@ -151,9 +152,9 @@ def throughput(config: Config, data: Data, key: mg.Key, traits: Any) -> tuple[Po
     for name, built, given in (("vmap", together, traits), ("one by one", in_turn, traits), ("alone", together, one)):
         members, _ = built.run(built.init(jax.random.clone(key), given), data.train.data, config.chunk)
         jax.block_until_ready(members)
-        begin = time.process_time()
+        begin = clock()
         jax.block_until_ready(built.run(members, data.train.data, config.chunk))
-        found[name] = config.chunk * num_members(given) / (time.process_time() - begin)
+        found[name] = config.chunk * num_members(given) / (clock() - begin)
     return together if found["vmap"] > found["one by one"] else in_turn, found
 
 
@@ -274,7 +275,7 @@ def markdown(results: dict[str, Any]) -> str:
     }
     footer = ", ".join(f"{way} {value:.1f}" for way, value in speed.items())
     header = ["row", *names]
-    return f"{table(header, lines)}\n\nSeeds: {len(seeds)}. Member-steps per CPU-second: {footer}.\n"
+    return f"{table(header, lines)}\n\nSeeds: {len(seeds)}. Member-steps per second: {footer}.\n"
 
 
 def main() -> None:
@@ -306,8 +307,8 @@ def main() -> None:
     for seed in arguments.seeds:
         if str(seed) in results["seeds"]:
             continue
-        begin = time.process_time()
-        results["seeds"][str(seed)] = one_seed(config, data, seed) | {"seconds": time.process_time() - begin}
+        begin = clock()
+        results["seeds"][str(seed)] = one_seed(config, data, seed) | {"seconds": clock() - begin}
         path.write_text(json.dumps(results, indent=1))
         (arguments.out / "table.md").write_text(markdown(results))
         print(markdown(results), flush=True)

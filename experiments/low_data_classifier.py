@@ -35,7 +35,6 @@ A run that was stopped goes on with the next seed.
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ import optax
 
 import metagen_jax as mg
 from metagen_jax import build
+from metagen_jax.budget import clock
 from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.latent.generator import of_vae
 from metagen_jax.latent.variants import by_adapting, perturbed
@@ -228,13 +228,13 @@ def trainer(config: Config, event: tuple[int, int, int]) -> Callable[..., Array]
 
 def measure(config: Config, data: build.Parts, seed: int, data_dir: str, out: Path) -> dict[str, Any]:
     """Return the accuracies {row: {shots: [P]}} in % of one seed, and what it took."""
-    begin = time.process_time()
+    begin = clock()
     real, test = problems(config, data, seed)
     made = pools(config, data, real, data_dir, seed)
-    took = {"generators_seconds": time.process_time() - begin}
+    took = {"generators_seconds": clock() - begin}
     picture(out / f"variants-{seed}.png", np.asarray(real[0]), {name: of[0, 0] for name, of in made.items()})
     run, rows = trainer(config, data.event), {}
-    begin = time.process_time()
+    begin = clock()
     for row, (pool, moves) in ROWS.items():
         rows[row] = {}
         for number, shots in enumerate(SHOTS):
@@ -242,7 +242,7 @@ def measure(config: Config, data: build.Parts, seed: int, data_dir: str, out: Pa
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), shots), config.problems)  # of all rows
             found = run(keys, real, variants, test, shots, 0.0 if pool is None else 0.5, moves)
             rows[row][str(shots)] = (100 * np.asarray(found, float)).tolist()
-    return {"rows": rows, **took, "classifiers_seconds": time.process_time() - begin}
+    return {"rows": rows, **took, "classifiers_seconds": clock() - begin}
 
 
 def picture(path: Path, real: np.ndarray, made: dict[str, np.ndarray]) -> None:

@@ -15,17 +15,17 @@ distractor classes. Test: as in the authors' code every image of the classes is 
 the rest query. There M = 5 and 14 queries (their setting for Omniglot; the article's text says M = 20, which 20 images
 of a class do not give), here also M = 14 and 5 queries. Non-transductive (normalisation of each example by itself).
 
-Trainings, each of them of CPU time on one core without compiling: `prototypes`, 20-way, which learns faster, for
-`seconds`; from there each row goes on for `more_seconds`, 5-way: "supervised" as before, the others with unlabelled
-images, one training without and one with distractors. "Inference only" is the supervised row's network, tested with
-soft k-means. "Generated": of each labelled image five images decode(encode(x) + noise), rounded, of a VAE that saw the
-training characters, without labels and with symmetries; its distractors are samples of the prior. In the test, too,
-those are the only unlabelled images. The cluster's radius begins at 3000 and is learned from there: of 100 to 100,000,
-tried on the validation characters with a network that was trained for ten seconds, the best with distractors (without
-them, larger ones are better, by 0.35 points at most).
+Trainings, each of them of CPU time on one core without compiling (or of `--meta-steps`): `prototypes`, 20-way, which
+learns faster, for `seconds`; from there each row goes on for `more_seconds`, 5-way: "supervised" as before, the others
+with unlabelled images, one training without and one with distractors. "Inference only" is the supervised row's network,
+tested with soft k-means. "Generated": of each labelled image five images decode(encode(x) + noise), rounded, of a VAE
+that saw the training characters, without labels and with symmetries; its distractors are samples of the prior. In the
+test, too, those are the only unlabelled images. The cluster's radius begins at 3000 and is learned from there: of 100
+to 100,000, tried on the validation characters with a network that was trained for ten seconds, the best with
+distractors (without them, larger ones are better, by 0.35 points at most).
 
-    taskset -c 0 python experiments/semi_supervised.py --data-dir DIR --out runs/semi --seeds 3  # about 25 min a seed
-    taskset -c 0 python experiments/semi_supervised.py --data-dir DIR --out runs/quick --quick   # 3 to 4 min
+    taskset -c 0 python experiments/semi_supervised.py --data-dir DIR --out runs/semi --seeds 0 1 2  # 25 min a seed
+    taskset -c 0 python experiments/semi_supervised.py --data-dir DIR --out runs/quick --quick  # 3 to 4 min
 
 A run that was stopped goes on where it was.
 """
@@ -33,7 +33,6 @@ A run that was stopped goes on where it was.
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.baselines import train_joint
+from metagen_jax.budget import train_for
 from metagen_jax.config import DataConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.metrics.interval import over_seeds
@@ -57,8 +57,7 @@ from metagen_jax.tasks.image_set import ImageSet
 from metagen_jax.tasks.partly_labelled import hidden_labels, partly_labelled, with_unlabelled
 from metagen_jax.tasks.rotations import with_rotations
 from metagen_jax.tasks.splits import by_count
-from metagen_jax.train import TrainState
-from metagen_jax.types import Array, Key, Metrics, Params, Task
+from metagen_jax.types import Array, Key, Params, Task
 
 WAY, SHOT, UNLABELLED, DISTRACTORS, SHARE = 5, 1, 5, 5, 0.1
 IMAGES = 20  # of a class
@@ -89,8 +88,11 @@ class Config:
     """What is trained and measured."""
 
     channels: tuple[int, ...] = (32, 32, 32, 32)
-    seconds: float = 100.0  # CPU time of the common beginning
+    seconds: float = 100.0  # of the common beginning
     more_seconds: float = 60.0  # of every row from there
+    meta_steps: int | None = None  # instead
+    more_meta_steps: int | None = None  # instead
+    chunk: int = 25  # meta-steps per dispatch
     tasks: int = 4  # of a meta-step of the common beginning
     more_tasks: int = 8  # of a meta-step of a row
     pretraining_way: int = 20
@@ -159,32 +161,25 @@ def with_generated(family: TaskFamily, vae: mg.Vae, params: Params, config: Conf
 def train(
     config: Config, row: str, way: int, family: TaskFamily, begin: Params | None, seed: int
 ) -> tuple[Params, dict[str, float]]:
-    """Train for the CPU time that there is; return averaged meta-parameters and what it took."""
+    """Train for the budget that there is; return averaged meta-parameters and what it took."""
     _, learner = classifier(config, way, row)
-    seconds, tasks = (config.seconds, config.tasks) if begin is None else (config.more_seconds, config.more_tasks)
-    sampler = mg.uniform(family, tasks)
+    seconds, meta_steps, tasks = (
+        (config.seconds, config.meta_steps, config.tasks)
+        if begin is None
+        else (config.more_seconds, config.more_meta_steps, config.more_tasks)
+    )
+    sampler, key = mg.uniform(family, tasks), jax.random.key(seed)
+    if begin is not None:  # what a head learns beside the scale begins where it does
+        head = jax.tree.map(jnp.copy, learner.init(key)["head"])
+        begin = {**begin, "head": head | begin["head"]}
 
-    def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
-        optimizer = mg.outer_optimizer(
-            2e-3 if begin is None else 1e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0
-        )
-        step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
-        init_key, key = jax.random.split(jax.random.key(seed))
-        meta = learner.init(init_key)
-        if begin is not None:
-            head = meta["head"] | begin["head"]  # what a head learns beside the scale begins where it does
-            meta = jax.tree.map(jnp.copy, {**begin, "head": head})
-        state, times = mg.init_state(learner, sampler, optimizer, key, meta=meta), [time.process_time()]
+    def rule(num_steps: int) -> Any:
+        return mg.outer_optimizer(2e-3 if begin is None else 1e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
 
-        def on_chunk(state: TrainState, metrics: Metrics) -> None:
-            times.append(time.process_time())
-
-        return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
-
-    _, times = run(20, 10)  # the first dispatch compiles
-    num_steps = 25 * max(1, round(seconds * 10 / (times[2] - times[1]) / 25))
-    state, times = run(num_steps, 25)
-    return state.average, {"meta_steps": num_steps, "seconds": times[-1] - times[1]}
+    spent = train_for(
+        learner, family, sampler, rule, seconds, key, begin=begin, chunk=config.chunk, meta_steps=meta_steps
+    )
+    return spent.meta, {"meta_steps": spent.meta_steps, "seconds": spent.seconds}
 
 
 def test(config: Config, row: str, family: TaskFamily, meta: Params, seed: int) -> list[float]:
@@ -273,12 +268,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=Config.seconds)
     parser.add_argument("--more-seconds", type=float, default=Config.more_seconds)
+    steps = "of the common beginning and of every row from there, instead of budgets of time"
+    parser.add_argument("--meta-steps", type=int, nargs=2, default=(None, None), help=steps)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config(seconds=arguments.seconds, more_seconds=arguments.more_seconds)
+    first, more = arguments.meta_steps
+    config = Config(
+        seconds=arguments.seconds, more_seconds=arguments.more_seconds, meta_steps=first, more_meta_steps=more
+    )
     if arguments.quick:
         short: dict[str, Any] = {"seconds": 10.0, "more_seconds": 2.0, "vae_steps": 200, "test_tasks": 40}
         config = dataclasses.replace(config, conditions=("distractors",), tested=(UNLABELLED,), **short)
@@ -293,7 +293,7 @@ def main() -> None:
         (arguments.out / "table.md").write_text(markdown(results))
         print(markdown(results), flush=True)
 
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         rows_of(config, seed, arguments.data_dir, arguments.out, results, keep)
     keep()
 

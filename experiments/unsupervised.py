@@ -14,8 +14,9 @@ and the limits of the affine maps were chosen on labelled validation characters,
 15 queries a class; non-transductive (normalisation of each example by itself). Learner: prototypes on 4 stride-2
 convolutions of 32 channels, trained 60-way with 1 support and 2 query images; MAML rows with a linear head, 5- and
 20-way, 3 inner steps (10 at test). Every training has the same CPU time on one core, without compiling and without
-clustering; MAML has one for each number of ways. Decoded images are grey means unless they are deformed, which makes
-them binary again. Generator: dense VAE with 32 latent dimensions, trained once a seed.
+clustering, or the same number of meta-steps (`--meta-steps`, for an accelerator); MAML has one for each number of ways.
+Decoded images are grey means unless they are deformed, which makes them binary again. Generator: dense VAE with 32
+latent dimensions, trained once a seed.
 
     taskset -c 0 python experiments/unsupervised.py --data-dir DIR --out runs/unsupervised --seeds 0 1 2  # 45 min each
     taskset -c 0 python experiments/unsupervised.py --data-dir DIR --out runs/quick --quick               # 3 min
@@ -26,7 +27,6 @@ A run that was stopped goes on where it was.
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import numpy as np
 import metagen_jax as mg
 from metagen_jax import build
 from metagen_jax.baselines import train_joint
+from metagen_jax.budget import train_for
 from metagen_jax.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, TrainConfig, check
 from metagen_jax.evaluate_labels import accuracy_curve
 from metagen_jax.latent.adversarial import on_codes
@@ -55,8 +56,7 @@ from metagen_jax.tasks.deformations import affine, binary, in_turn
 from metagen_jax.tasks.family import TaskFamily
 from metagen_jax.tasks.mixing import with_variants
 from metagen_jax.tasks.splits import by_count
-from metagen_jax.train import TrainState
-from metagen_jax.types import Metrics, Params
+from metagen_jax.types import Params
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots
 TEST = 100  # what the seed's key is folded for
@@ -79,7 +79,9 @@ class Config:
     """What is trained and measured."""
 
     channels: tuple[int, ...] = (32, 32, 32, 32)
-    seconds: float = 60.0  # CPU time of a training, all rounds of self-training together
+    seconds: float = 60.0  # of a training, all rounds of self-training together
+    meta_steps: int | None = None  # instead
+    chunk: int = 25  # meta-steps per dispatch
     tasks: int = 2  # of a meta-step; of MAML, twice as many
     way: int = 60  # of training; of MAML, those of the test
     query: int = 2
@@ -226,15 +228,15 @@ def train(config: Config, row: str, way: int, made: Material, seed: int) -> tupl
         family = latent_tasks(made.generator, made.bank, IMAGES, others(0.3), 1, config.query, **codes)
     if kind == "self":
         return self_trained(config, learner, family, way, made, seed)
-    return fit(config, learner, family, way, config.seconds, jax.random.key(seed))
+    return fit(config, learner, family, way, 1.0, jax.random.key(seed))
 
 
 def self_trained(
     config: Config, learner: MetaLearner, family: TaskFamily, way: int, made: Material, seed: int
 ) -> tuple[Params, dict[str, float]]:
     """Train on single images, then in rounds on clusters of what was learned; clustering is not counted as training."""
-    seconds = config.seconds / (config.rounds + 1)
-    meta, took = fit(config, learner, family, way, seconds, jax.random.key(seed))
+    share = 1 / (config.rounds + 1)
+    meta, took = fit(config, learner, family, way, share, jax.random.key(seed))
     built, move = learner_of(config, "prototypes", way)[0], in_turn(affine(), binary())
     features = jax.jit(lambda meta, x: built.features(meta, x.astype(np.float32) / 255.0))
 
@@ -247,7 +249,7 @@ def self_trained(
     def learn(key: Any, state: Params, images: Any) -> Params:
         clusters = mg.episodes(images, 1, config.query, way=way)
         moved = with_variants(clusters, lambda params, key, x: move(key, x), (), 1.0)
-        state, more = fit(config, learner, moved, way, seconds, key, begin=state)
+        state, more = fit(config, learner, moved, way, share, key, begin=state)
         for name, value in more.items():
             took[name] += value
         return state
@@ -264,29 +266,20 @@ def fit(
     learner: MetaLearner,
     family: TaskFamily,
     way: int,
-    seconds: float,
+    share: float,
     key: Any,
     begin: Params | None = None,
 ) -> tuple[Params, dict[str, float]]:
-    """Train for so many CPU-seconds; return averaged meta-parameters and what it took."""
+    """Train for a share of the budget; return averaged meta-parameters and what it took."""
+    seconds, meta_steps = config.seconds * share, config.meta_steps and round(config.meta_steps * share)
     sampler = mg.uniform(family, config.tasks * (2 if way < config.way else 1))
+    rate, options = 2e-3 if begin is None else 1e-3, {"begin": begin, "meta_steps": meta_steps}
 
-    def run(num_steps: int, chunk: int) -> tuple[TrainState, list[float]]:
-        rate = 2e-3 if begin is None else 1e-3
-        optimizer = mg.outer_optimizer(rate, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
-        step = mg.make_step(learner, family, sampler, optimizer, average_decay=0.99)
-        meta = None if begin is None else jax.tree.map(jax.numpy.copy, begin)
-        state, times = mg.init_state(learner, sampler, optimizer, key, meta=meta), [time.process_time()]
+    def rule(num_steps: int) -> Any:
+        return mg.outer_optimizer(rate, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
 
-        def on_chunk(state: TrainState, metrics: Metrics) -> None:
-            times.append(time.process_time())
-
-        return mg.train(step, state, family.data, num_steps, chunk=chunk, on_chunk=on_chunk), times
-
-    _, times = run(20, 10)  # the first dispatch compiles
-    num_steps = 25 * max(1, round(seconds * 10 / (times[2] - times[1]) / 25))
-    state, times = run(num_steps, 25)
-    return state.average, {"meta_steps": num_steps, "seconds": times[-1] - times[1]}
+    spent = train_for(learner, family, sampler, rule, seconds, key, chunk=config.chunk, **options)
+    return spent.meta, {"meta_steps": spent.meta_steps, "seconds": spent.seconds}
 
 
 def test(config: Config, row: str, way: int, shots: int, data: build.Parts, meta: Params, seed: int) -> float:
@@ -327,9 +320,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seconds", type=float, default=Config.seconds)
+    parser.add_argument("--meta-steps", type=int, help="of every training, instead of a budget of time")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config(seconds=arguments.seconds)
+    config = Config(seconds=arguments.seconds, meta_steps=arguments.meta_steps)
     if arguments.quick:
         config = dataclasses.replace(config, seconds=4.0, vae_steps=200, test_tasks=20, way=20, clusters=100)
     out = arguments.out

@@ -155,7 +155,7 @@ def _of_equation(equation: JaxprEqn, live: Live, known: Known) -> tuple[Flops, L
 
 
 def _of_scan(params: dict[str, Any], live: Live, known: Known) -> tuple[Flops, Live]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = _scan_sizes(params)
     carry, stacked = live[:num_carry], live[num_carry:]
     while True:  # what one turn needs of the carry, the turn before has to compute
         count, needed = _of_body(params["jaxpr"], (*carry, *stacked), known)
@@ -163,6 +163,14 @@ def _of_scan(params: dict[str, Any], live: Live, known: Known) -> tuple[Flops, L
         if more == carry:
             return _times(count, params["length"]), needed[:num_consts] + carry + needed[num_consts + num_carry :]
         carry = more
+
+
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many of the inputs of a scan are constants, and how many are carried."""
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(consts), len(carry)
 
 
 def _of_primitive(equation: JaxprEqn) -> Flops:

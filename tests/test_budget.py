@@ -76,3 +76,17 @@ def test_players_that_are_given_are_where_it_begins_and_others_are_new():
 def test_no_time_is_refused():
     with pytest.raises(ValueError, match="positive number of seconds, got 0"):
         train_for(*problem(), rule([]), 0, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("chunk", "runs"), [(3, [6]), (25, [10, 6])])  # one dispatch has no later one to be timed
+def test_a_given_number_of_meta_steps_is_taken_whatever_time_that_is(chunk, runs):
+    asked, options = [], {"chunk": chunk, "clock": ticking(2.0), "meta_steps": 6}
+    spent = train_for(*problem(), rule(asked), 1e-3, jax.random.key(0), **options)
+    assert asked == runs
+    assert spent.meta_steps == 6
+    np.testing.assert_allclose(spent.seconds, 4.0 if chunk == 3 else 6 * 0.4)
+
+
+def test_a_single_meta_step_is_refused():
+    with pytest.raises(ValueError, match="at least two meta-steps, got 1"):
+        train_for(*problem(), rule([]), 1.0, jax.random.key(0), meta_steps=1)

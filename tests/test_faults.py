@@ -178,7 +178,7 @@ def assert_whole(run, saved):
     text = (run / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     assert all(json.loads(line)["step"] for line in text.splitlines())
-    for path in (run / "checkpoints").iterdir():  # a thread of the saving that failed may still write under another name
+    for path in (run / "checkpoints").iterdir():  # a thread of a failed saving may still write under another name
         assert TEMPORARY in path.name or (path / "whole.json").exists(), path
     with np.load(run / "meta.npz") as file:
         assert all(np.isfinite(file[name]).all() for name in file.files if name != "header")
