@@ -173,11 +173,12 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--classes", nargs="*", type=int, default=list(Config.classes), help="training characters")
     parser.add_argument("--seconds", type=float, default=Config.seconds)
     parser.add_argument("--meta-steps", type=int, help="of every training, instead of a budget of time")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    config = Config(seconds=arguments.seconds, meta_steps=arguments.meta_steps)
+    config = Config(classes=tuple(arguments.classes), seconds=arguments.seconds, meta_steps=arguments.meta_steps)
     if arguments.quick:
         config = dataclasses.replace(config, seconds=3.0, vae_steps=150, test_tasks=20, classes=(50, 1200))
     out = arguments.out
