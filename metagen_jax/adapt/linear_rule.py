@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metagen_jax.adapt.products import owners
@@ -50,18 +51,27 @@ def is_linear(
     small = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2,) * jnp.ndim(leaf), jnp.result_type(leaf)), params)
     affordable = max(1, ENTRIES // sum(max(1, math.prod(jnp.shape(leaf))) for leaf in leaves))
     trials = ((params, 1, affordable), (params, few, few), (small, 1, 10**6))
+    draw = np.random.default_rng(0).standard_normal  # by jax, each shape would be a program to compile
     try:
         with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), jax.debug_nans(False):
             for shapes, least, most in trials:
-                zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf)), shapes)
+                zeros = jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jnp.result_type(leaf)), shapes)
                 begin, rule = start(start.extend(zeros))
                 if str(jax.tree.structure(begin)) != str(jax.tree.structure(params)):
                     return False
                 for players, moves in groups:
-                    trial = jax.jit(
-                        functools.partial(_deviation, rule, begin, kernels, players, min(max(moves, least), most))
+                    mine = {name: begin[name] for name in players}
+                    chosen = [index in kernels for index, name in enumerate(owners(begin)) if name in players]
+                    count = min(max(moves, least), most)
+                    leaves, gradients = (
+                        [
+                            draw((*first, *jnp.shape(leaf)), np.float32).astype(jnp.result_type(leaf))
+                            for leaf in jax.tree.leaves(mine)
+                        ]
+                        for first in ((), (count,))
                     )
-                    if not all(trial(scale) < TOLERANCE for scale in SCALES):
+                    trial = jax.jit(functools.partial(_deviation, rule, jax.tree.structure(mine), chosen))
+                    if not all(trial(leaves, gradients, scale) < TOLERANCE for scale in SCALES):
                         return False
             return True
     except Exception:  # whatever a rule of others raises on a stand-in, it cannot be relied on
@@ -70,22 +80,19 @@ def is_linear(
 
 def _deviation(
     rule: optax.GradientTransformation,
-    begin: Params,
-    kernels: Sequence[int],
-    players: Sequence[str],
-    moves: int,
+    structure: Any,
+    chosen: Sequence[bool],
+    leaves: list[Array],
+    normal: list[Array],
     scale: Array,
 ) -> Array:
     """Return the largest difference between the two runs, relative to the largest update of its leaf."""
-    mine = [index for index, name in enumerate(owners(begin)) if name in players]
-    chosen = {place for place, index in enumerate(mine) if index in kernels}
-    leaves, structure = jax.tree.flatten({name: begin[name] for name in players})
-    keys = jax.random.split(jax.random.key(0), 2 * len(leaves))
-    leaves = [_normal(key, jnp.shape(leaf), leaf) for key, leaf in zip(keys[::2], leaves, strict=True)]
-    normal = [_normal(key, (moves, *leaf.shape), leaf) for key, leaf in zip(keys[1::2], leaves, strict=True)]
+    moves = len(normal[0])
     gradients = [(scale * g).astype(g.dtype) for g in normal]
-    coordinates = [jnp.zeros(moves, leaf.dtype) if i in chosen else leaf for i, leaf in enumerate(leaves)]
-    units = [jnp.eye(moves, dtype=leaf.dtype) if i in chosen else gradients[i] for i, leaf in enumerate(leaves)]
+    coordinates = [
+        jnp.zeros(moves, leaf.dtype) if is_kernel else leaf for leaf, is_kernel in zip(leaves, chosen, strict=True)
+    ]
+    units = [jnp.eye(moves, dtype=g.dtype) if is_kernel else g for g, is_kernel in zip(gradients, chosen, strict=True)]
 
     def follow(point: list[Array], path: list[Array]) -> list[Array]:
         def move(carry: Any, gradient: list[Array]) -> tuple[Any, list[Array]]:
@@ -98,11 +105,7 @@ def _deviation(
 
     deviations = []
     for i, (expected, given) in enumerate(zip(follow(leaves, gradients), follow(coordinates, units), strict=True)):
-        found = jnp.tensordot(given, gradients[i], 1) if i in chosen else given
+        found = jnp.tensordot(given, gradients[i], 1) if chosen[i] else given
         gap = jnp.abs(found - expected).max() / (jnp.abs(expected).max() + 1e-30)
         deviations.append(jnp.where(jnp.isnan(scale), jnp.where(jnp.isnan(expected).all(), 0.0, 1.0), gap))
     return jnp.stack(deviations).max()
-
-
-def _normal(key: Array, shape: tuple[int, ...], like: Array) -> Array:
-    return jax.random.normal(key, shape).astype(jnp.result_type(like))
