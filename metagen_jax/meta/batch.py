@@ -115,10 +115,11 @@ def finite_sum(
     Returns:
         direction (zeros if no task is finite), metrics [T, ...] of attempt 0, finite [T] bool.
     """
-    num_tasks = weights.shape[0]
+    num_tasks, given = weights.shape[0], (meta, keys, tasks, weights)
     last = num_tasks + 2
 
-    def evaluate(active: Array) -> tuple[Params, Metrics]:
+    @jax.jit  # traced once, for the shapes and in the loop
+    def evaluate(active: Array, meta: Params, keys: Key, tasks: Task, weights: Array) -> tuple[Params, Metrics]:
         stand_in = jnp.where(active, jnp.arange(num_tasks), jnp.argmax(active))
         same = jax.random.clone(keys)  # the same noise in every attempt
         picked_keys, picked = jax.tree.map(lambda leaf: leaf[stand_in], (same, tasks))
@@ -127,7 +128,7 @@ def finite_sum(
 
     def attempt(carry: Any) -> Any:
         number, active, _, first, passed, _, _ = carry
-        direction, metrics = evaluate(active)
+        direction, metrics = evaluate(active, *given)
         first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, metrics)
         losses_finite = _losses_finite(first, num_tasks)
         finite = jnp.isfinite(optax.tree.norm(direction)) & active.any() & (losses_finite | ~active).all()
@@ -142,7 +143,8 @@ def finite_sum(
 
     everything = differing_like(jnp.ones(num_tasks, bool), weights)
     direction, metrics = jax.tree.map(
-        lambda leaf: differing_like(jnp.zeros(leaf.shape, leaf.dtype), weights), jax.eval_shape(evaluate, everything)
+        lambda leaf: differing_like(jnp.zeros(leaf.shape, leaf.dtype), weights),
+        jax.eval_shape(evaluate, everything, *given),
     )
     number, done = differing_like(jnp.array(0), weights), differing_like(jnp.array(False), weights)
     begin = (number, everything, direction, metrics, ~everything, ~everything, done)
