@@ -30,7 +30,7 @@ from side_by_side import distance
 from workloads import WORKLOADS
 
 import metagen_jax as mg
-from metagen_jax.cost import flops
+from metagen_jax.cost import flops_of
 from metagen_jax.meta.batch import sum_over_tasks
 
 CASES = (("w1", 32), ("w1", 1024), ("w2", 32), ("w2", 512), ("w1", 8192), ("w3", 8), ("w3", 256))
@@ -72,7 +72,8 @@ def ways(name: str, num_tasks: int) -> tuple[dict[str, Callable[[], Any]], dict[
             learner = mg.maml(workload.model, mg.fixed(optax.sgd(workload.rate)), workload.num_steps, **options)
             total = sum_over_tasks(learner.field, chunk="auto")
             with jax.default_matmul_precision(precision):
-                lowered[way] = jax.jit(total).lower(*arguments), flops(total, *arguments).products
+                traced = jax.jit(total).trace(*arguments)
+                lowered[way] = traced.lower(), flops_of(traced.jaxpr).products
     with ThreadPoolExecutor() as pool:
         programs = dict(zip(lowered, pool.map(lambda each: each[0].compile(), lowered.values()), strict=True))
     for way, compiled in programs.items():

@@ -185,7 +185,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, asked = out / "results.json", json.loads(json.dumps(dataclasses.asdict(config)))
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"config": asked, "rows": {}}
-    if results["config"] != asked:
+    default = json.loads(json.dumps(dataclasses.asdict(Config())))  # of settings that a file from before lacks
+    if {**default, **results["config"]} != asked:
         parser.error(f"{path} is of another configuration, {results['config']}; choose another --out")
     data = load(arguments.data_dir)
     for seed in arguments.seeds:

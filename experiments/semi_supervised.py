@@ -170,8 +170,7 @@ def train(
     )
     sampler, key = mg.uniform(family, tasks), jax.random.key(seed)
     if begin is not None:  # what a head learns beside the scale begins where it does
-        head = jax.tree.map(jnp.copy, learner.init(key)["head"])
-        begin = {**begin, "head": head | begin["head"]}
+        begin = {**begin, "head": learner.init(key)["head"] | begin["head"]}
 
     def rule(num_steps: int) -> Any:
         return mg.outer_optimizer(2e-3 if begin is None else 1e-3, num_steps, warmup=min(20, num_steps - 1), clip=10.0)
@@ -285,7 +284,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, asked = arguments.out / "results.json", json.loads(json.dumps(dataclasses.asdict(config)))
     results = json.loads(path.read_text()) if path.exists() else {"config": asked, "rows": {}}
-    if results["config"] != asked:
+    default = json.loads(json.dumps(dataclasses.asdict(Config())))  # of settings that a file from before lacks
+    if {**default, **results["config"]} != asked:
         parser.error(f"{path} is of another configuration, {results['config']}; choose another --out")
 
     def keep() -> None:
