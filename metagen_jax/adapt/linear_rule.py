@@ -63,19 +63,19 @@ def is_linear(
                     mine = {name: begin[name] for name in players}
                     chosen = [index in kernels for index, name in enumerate(owners(begin)) if name in players]
                     count = min(max(moves, least), most)
-                    leaves, gradients = (
-                        [
-                            draw((*first, *jnp.shape(leaf)), np.float32).astype(jnp.result_type(leaf))
-                            for leaf in jax.tree.leaves(mine)
-                        ]
-                        for first in ((), (count,))
-                    )
+                    leaves = [_normal(draw, leaf) for leaf in jax.tree.leaves(mine)]
+                    gradients = [_normal(draw, leaf, count) for leaf in leaves]
                     trial = jax.jit(functools.partial(_deviation, rule, jax.tree.structure(mine), chosen))
                     if not all(trial(leaves, gradients, scale) < TOLERANCE for scale in SCALES):
                         return False
             return True
     except Exception:  # whatever a rule of others raises on a stand-in, it cannot be relied on
         return False
+
+
+def _normal(draw: Any, leaf: Any, *first: int) -> np.ndarray:
+    """Return normal numbers [*first, *shape of the leaf] of its dtype."""
+    return draw((*first, *jnp.shape(leaf)), np.float32).astype(jnp.result_type(leaf))
 
 
 def _deviation(
