@@ -8,6 +8,7 @@ is left out. Beside it, the share of a meta-step of workload W1 that this is.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import agreement
@@ -24,34 +25,41 @@ from metagen_jax.meta.batch import sum_over_tasks
 STEPS = 20
 
 
+def bank() -> mg.TaskFamily:
+    """Return tasks of random pixels."""
+    pixels = (np.random.default_rng(0).random((964 * 20, 28, 28, 1)) < 0.2).astype(np.uint8) * 255
+    names, labels = [f"class {index}" for index in range(964)], np.repeat(np.arange(964), 20)
+    images = mg.image_set("noise", pixels, labels, names, groups=[""] * 964, note="random pixels")
+    return mg.episodes(images, shot=5, query=15)
+
+
+def drawing(family: mg.TaskFamily, count: int) -> Callable[[], mg.types.Array]:
+    """Return the compiled call that draws so many tasks in each of `STEPS` steps and consumes all their pixels."""
+    sampler = mg.uniform(family, count)
+
+    def draw(key: mg.Key, data: object) -> mg.types.Array:
+        def step(state: object, key: mg.Key) -> tuple[object, mg.types.Array]:
+            propose_key, make_key = jax.random.split(key)
+            specs, weights = sampler.propose(state, data, propose_key, {})
+            keys = jax.random.split(make_key, len(weights))
+            tasks = jax.vmap(family.make, in_axes=(None, 0, 0))(data, keys, specs)
+            return state, tasks.support.x.sum() + tasks.query.x.sum()
+
+        return jax.lax.scan(step, sampler.init(key), jax.random.split(key, STEPS))[1]
+
+    compiled = jax.jit(draw).lower(jax.random.key(0), family.data).compile()
+    return lambda: compiled(jax.random.key(0), family.data)
+
+
 def main() -> None:
     """Measure, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=measuring.RESULTS)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
-    pixels = (rng.random((964 * 20, 28, 28, 1)) < 0.2).astype(np.uint8) * 255
-    names = [f"class {index}" for index in range(964)]
-    labels = np.repeat(np.arange(964), 20)
-    bank = mg.image_set("noise", pixels, labels, names, groups=[""] * 964, note="random pixels")
-    family = mg.episodes(bank, shot=5, query=15)
-    calls, counts = {}, (16, 256)
+    family, calls, counts = bank(), {}, (16, 256)
     for count in counts:
-        sampler = mg.uniform(family, count)
-
-        def draw(key: mg.Key, data: object, sampler: mg.Sampler = sampler) -> mg.types.Array:
-            def step(state: object, key: mg.Key) -> tuple[object, mg.types.Array]:
-                propose_key, make_key = jax.random.split(key)
-                specs, weights = sampler.propose(state, data, propose_key, {})
-                keys = jax.random.split(make_key, len(weights))
-                tasks = jax.vmap(family.make, in_axes=(None, 0, 0))(data, keys, specs)
-                return state, tasks.support.x.sum() + tasks.query.x.sum()
-
-            return jax.lax.scan(step, sampler.init(key), jax.random.split(key, STEPS))[1]
-
-        compiled = jax.jit(draw).lower(jax.random.key(0), family.data).compile()
-        calls[f"{count}"] = lambda compiled=compiled: compiled(jax.random.key(0), family.data)
+        calls[f"{count}"] = drawing(family, count)
     workload = w1()
     given = agreement.problem(workload, 16)
     learner = mg.maml(workload.model, mg.fixed(optax.sgd(workload.rate)), workload.num_steps)

@@ -193,13 +193,15 @@ class Checkpoints:
     def _discard_halves(self) -> None:
         """Take away what was left by savings that were cut off; what cannot be taken away is never read.
 
-        A saving that failed in one thread may still be writing in another: its folder is not empty then when its files
-        have been taken away, and is tried again.
+        A saving that failed in one thread may still be writing in another, into a folder that is being removed or was:
+        once there was one, it has to be gone at two looks in a row.
         """
+        gone = 1
         for _ in range(DISCARD_TRIES):
             with contextlib.suppress(OSError):
                 halves = [entry for entry in self.path.iterdir() if entry.is_dir() and TEMPORARY in entry.name]
-                if not halves:
+                gone = 0 if halves else gone + 1
+                if gone == 2:
                     return
                 for entry in halves:
                     shutil.rmtree(entry, ignore_errors=True)

@@ -161,11 +161,13 @@ def test_a_second_order_meta_gradient_of_a_linear_model_takes_six_products_and_f
 
 
 def test_counting_agrees_with_xla_where_there_is_no_loop():
-    """XLA counts what is transcendental apart; here both are one sum. It may compute twice what two fusions need."""
+    """XLA counts what is transcendental apart; here both are one sum."""
     weights = (FIRST, SECOND)
     analysis = jax.jit(jax.grad(loss)).lower(weights, X, Y).compile().cost_analysis()
     xla = analysis["flops"] + analysis["transcendentals"]
-    assert flops(jax.grad(loss), weights, X, Y).total == pytest.approx(xla, rel=0.08)
+    assert flops(jax.grad(loss), weights, X, Y).total == pytest.approx(
+        xla, rel=0.02 if jax.__version_info__ < (0, 11) else 0.08
+    )  # later ones compute some of it twice
 
 
 def test_operations_are_counted_on_shapes_beyond_32_bits_without_allocating():

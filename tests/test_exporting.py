@@ -38,6 +38,14 @@ def drawn(model, params, seed, num=NUM):
     return np.asarray(jax.jit(model.sample, static_argnums=2)(params, jax.random.key(seed), num))
 
 
+def assert_same(found, expected):
+    """Assert equal bits; later versions of jax compile the exported program to another last bit."""
+    if jax.__version_info__ < (0, 11):
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_file_alone_makes_the_images_of_the_model_in_a_process_without_this_package(vae, content, tmp_path):
     path = tmp_path / "vae.jaxexport"
     path.write_bytes(content)
@@ -53,7 +61,7 @@ def test_the_file_alone_makes_the_images_of_the_model_in_a_process_without_this_
     subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "x.npy")], check=True, cwd=tmp_path)
     images = np.load(tmp_path / "x.npy")
     assert (images.shape, images.dtype) == ((NUM, 8, 8, 1), np.float32)
-    np.testing.assert_allclose(images, drawn(*vae, 7), rtol=1e-6, atol=1e-6)
+    assert_same(images, drawn(*vae, 7))
 
 
 @pytest.mark.parametrize("model", ["vae", "gan", "autoregressive"])
@@ -63,8 +71,7 @@ def test_a_loaded_sampler_is_sample_for_the_key_of_the_seed(model, tmp_path):
     path.write_bytes(export_sampler(model.sample, params, NUM))
     sampler = load_sampler(str(path))
     for seed in (0, 2**31 + 5):
-        # another program of the same operations: from jax 0.12 on its last bit is another
-        np.testing.assert_allclose(sampler(seed), drawn(model, params, seed), rtol=1e-6, atol=1e-6)
+        assert_same(sampler(seed), drawn(model, params, seed))
     assert not np.array_equal(sampler(0), sampler(1))
 
 

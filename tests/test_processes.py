@@ -85,10 +85,10 @@ def test_the_switch_for_gpus_is_one_that_xla_knows_and_is_given_once():
 
 
 def environment_in(folder, **more):
-    """Return the environment of processes whose bits are compared: XLA's own way to make programs of fused loops.
+    """Return the environment of processes whose bits are compared.
 
-    The other, which compiles faster and is used by the tests within this process, adds up in another order for one
-    device of its own than for one of two.
+    Without the flag of `conftest.py` for fused loops: with it, metrics of one process with two devices differed from
+    those of two processes.
     """
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     own = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags, "METAGEN_CACHE_DIR": folder / "cache"}
@@ -144,16 +144,8 @@ class Together:
 def place(tmp_path_factory):
     """Return a folder with a run over two devices of one process, and a cache of its programs."""
     folder = tmp_path_factory.mktemp("processes")
-    command = (
-        sys.executable,
-        "-m",
-        "metagen_jax",
-        *OPTIONS,
-        "--out",
-        str(folder / "one"),
-        "--distributed.devices",
-        "2",
-    )
+    arguments = [*OPTIONS, "--out", str(folder / "one"), "--distributed.devices", "2"]
+    command = [sys.executable, "-m", "metagen_jax", *arguments]
     subprocess.run(command, env=environment_in(folder, JAX_NUM_CPU_DEVICES=2), check=True, capture_output=True)
     return folder
 
