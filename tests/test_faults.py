@@ -431,28 +431,39 @@ def test_a_prepared_set_that_is_lost_or_cut_short_is_made_again_and_another_one_
 MEMORY_CHILD = """
 import functools, pathlib, resource, sys
 import crash_test
+import jax
 from metagen_jax import build
+from metagen_jax.checkpoint import Checkpoints
 from metagen_jax.cli import keeping, main, stages
 root, options = sys.argv[1], sys.argv[2:]
 stages.CHUNK = 4
 keeping.short_evaluation = lambda *arguments: "evaluated"
 train = sys.modules["metagen_jax.train"]
-train.run_chunk = functools.cache(train.run_chunk)
-make, made = build.training, []
+made, make_chunk, make, save = [], functools.cache(train.run_chunk), build.training, Checkpoints.save
 def training(config, mesh=None):
     made[:] = made or [make(config)]
     return made[0]
-build.training = training
+build.training, train.run_chunk = training, make_chunk
 assert main([*options, "--out", root + "/whole"]) == 0
-append, here = keeping.append, int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-def limited(path, record):
-    append(path, record)
-    if record["step"] == 8:
-        resource.setrlimit(resource.RLIMIT_AS, (here + (100 << 20), resource.RLIM_INFINITY))
-keeping.append = limited
+def at_once(self, *arguments, **options):
+    save(self, *arguments, **options)
+    self.wait()
+def limit(room):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    soft = resource.RLIM_INFINITY if room is None else pages * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+def short_of_memory(step, size, **options):
+    chunk = make_chunk(step, size, **options)
+    def limited(state, data):  # in the third dispatch alone, while no thread is saving
+        limit(50 << 20 if int(state.step) == 8 else None)
+        try:
+            return jax.block_until_ready(chunk(state, data))
+        finally:
+            limit(None)
+    return limited
+train.run_chunk, Checkpoints.save = short_of_memory, at_once
 assert main([*options, "--out", root + "/run"]) == 1
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-keeping.append = append
+train.run_chunk, Checkpoints.save = make_chunk, save
 print(sorted(path.name for path in pathlib.Path(root, "run", "checkpoints").iterdir()))
 assert main(["train", "--resume", root + "/run"]) == 0
 print("differs:", crash_test.difference(crash_test.ended(root + "/whole"), crash_test.ended(root + "/run")))
