@@ -22,7 +22,8 @@ what reads a support into one), six causal blocks of 32 features (autoregressive
     taskset -c 0 python experiments/likelihood.py --data-dir DIR --out runs/likelihood --rows "flow" "flow, MAML"
     taskset -c 0 python experiments/likelihood.py --data-dir DIR --out runs/quick --quick       # about 10 min
 
-A run that was stopped goes on where it was. With a GPU: `--seconds 1800 --classes 659 --clock wall`.
+A run that was stopped goes on where it was; another seed takes as many meta-steps as the first. With a GPU:
+`--seconds 1800 --classes 659 --clock wall`.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from metagen_jax.config import (
 )
 from metagen_jax.evaluate_shots import adapted_score, likelihood_accuracy, set_likelihood, shot_curve
 from metagen_jax.metrics.exemplar import exemplar_log_likelihood, fit_exemplars
-from metagen_jax.metrics.interval import over_classes
+from metagen_jax.metrics.interval import over_classes, over_seeds
 from metagen_jax.metrics.likelihood import label
 from metagen_jax.models.flow_likelihood import FIRST_LOG_SNR, bound_density
 from metagen_jax.models.gaussian_paths import linear
@@ -165,8 +166,13 @@ def settings(config: Config, row: Row, data_dir: str, num_steps: int, seed: int)
     )
 
 
-def train(config: Config, name: str, data: build.Parts, data_dir: str, out: Path, seed: int, clock: Any) -> Any:
-    """Return meta-parameters of a row, which are kept, and what they took."""
+def train(
+    config: Config, name: str, data: build.Parts, data_dir: str, out: Path, seed: int, clock: Any, rows: dict[str, Any]
+) -> Any:
+    """Return meta-parameters of a row, which are kept, and what they took.
+
+    A seed takes as many meta-steps as the one before it did, of those in `rows`, whatever the machine does meanwhile.
+    """
     row, path = ROWS[name], out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.npz"
     asked = settings(config, row, data_dir, 1000, seed)
     built = build.model(asked, data.event, data.binary)
@@ -176,7 +182,7 @@ def train(config: Config, name: str, data: build.Parts, data_dir: str, out: Path
         return meta, header["took"], built, learner
     begin, before = None, 0.0
     if row.begin:
-        begin, took, _, _ = train(config, row.begin, data, data_dir, out, seed, clock)
+        begin, took, _, _ = train(config, row.begin, data, data_dir, out, seed, clock, rows)
         before = took["seconds"]
     share = 1 / 3 if row.begin else 2 / 3 if any(other.begin == name for other in ROWS.values()) else 1.0
     family = build.training_tasks(asked, data)
@@ -187,6 +193,7 @@ def train(config: Config, name: str, data: build.Parts, data_dir: str, out: Path
         lambda num_steps: build.outer(settings(config, row, data_dir, num_steps, seed)),
         config.seconds * share,
         jax.random.fold_in(jax.random.key(seed), 1),
+        meta_steps=next((found["meta_steps"] for found in rows.get(name, {}).values()), None),
         begin=begin,
         clock=clock,
     )
@@ -307,20 +314,24 @@ def exemplars(config: Config, data: build.Parts) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the tables."""
+    """Return the tables: means over seeds; intervals over classes, those of a mean over seeds being of the first."""
     lines, labels = [], []
     for name, seeds in results["rows"].items():
-        row = next(iter(seeds.values()))
+        row, found = next(iter(seeds.values())), list(seeds.values())
         size = f"{row['parameters'] / 1000:.0f}k"
-        nats = [f"{entry[0]:.1f}" for entry in row["nats"]]
+        nats = [f"{value:.1f}" for value in np.mean(_all(found, "nats"), axis=0)[:, 0]]
         half = (row["nats"][0][2] - row["nats"][0][1]) / 2
-        took = [size, f"{row['seconds']:.0f}", str(row["meta_steps"])]
-        lines.append([name, row["kind"], *nats, f"{half:.1f}", _cell(row["gain"][5]), _cell(row["set"]), *took])
+        apart = f"{over_seeds([entry['nats'][5][0] for entry in found])[1]:.1f}" if len(found) > 1 else ""
+        took = [size, f"{np.mean([entry['seconds'] for entry in found]):.0f}", str(row["meta_steps"])]
+        took += [str(len(found)), apart]
+        gain, joint = _cell(_all(_all(found, "gain"), 5)), _cell(_all(found, "set"))
+        lines.append([name, row["kind"], *nats, f"{half:.1f}", gain, joint, *took])
         if "accuracy" in row:
-            labels.append([name, *(_cell(row["accuracy"][f"{way}-way {shots}-shot"]) for way, shots in WAYS)])
-    lines += [[name, "", *text.split(" / "), *[""] * 6] for name, text in PUBLISHED.items()]
+            cells = [_all(_all(found, "accuracy"), f"{way}-way {shots}-shot") for way, shots in WAYS]
+            labels.append([name, *map(_cell, cells)])
+    lines += [[name, "", *text.split(" / "), *[""] * 8] for name, text in PUBLISHED.items()]
     header = ["model", "kind", *(str(shots) for shots in SHOTS), "±", "gain of 5", "sets of 5"]
-    header += ["parameters", "CPU-s", "meta-steps"]
+    header += ["parameters", "CPU-s", "meta-steps", "seeds", "± over seeds, 5"]
     text = table(header, lines) + "\n"
     if labels:
         labels.append(["published, best of each", "90.8", "97.4", "77.0", "91.0"])
@@ -328,12 +339,18 @@ def markdown(results: dict[str, Any]) -> str:
     return text
 
 
+def _all(entries: list[Any], part: Any) -> list[Any]:
+    return [entry[part] for entry in entries]
+
+
 def _interval(values: np.ndarray) -> list[float]:
     return [float(number) for number in over_classes(np.asarray(values))]
 
 
-def _cell(entry: list[float]) -> str:
-    return f"{entry[0]:.1f} ± {(entry[2] - entry[1]) / 2:.1f}"
+def _cell(entries: list[list[float]]) -> str:
+    """Return the mean of several seeds' [mean, low, high], and half of the first one's interval."""
+    mean = np.mean([entry[0] for entry in entries])
+    return f"{mean:.1f} ± {(entries[0][2] - entries[0][1]) / 2:.1f}"
 
 
 def main() -> None:
@@ -367,7 +384,7 @@ def main() -> None:
             if str(seed) in found:
                 continue
             try:
-                made = train(config, name, data, arguments.data_dir, out, seed, clock)
+                made = train(config, name, data, arguments.data_dir, out, seed, clock, results["rows"])
                 found[str(seed)] = measure(config, name, data, made, out, seed)
             except mg.Divergence as error:
                 print(f"{name}, seed {seed}: {error}", flush=True)

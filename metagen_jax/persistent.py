@@ -15,9 +15,10 @@ import optax
 from metagen_jax.meta.batch import query_losses
 from metagen_jax.meta.learners import task_keys
 from metagen_jax.meta.persistent import Particles, Persistent
+from metagen_jax.sharding import AXIS, check_axis, differing
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import Sampler
-from metagen_jax.train import Step, TrainState
+from metagen_jax.train import Step, TrainState, completed, follow
 from metagen_jax.types import Array, Key, Metrics, Params, Task
 
 
@@ -79,18 +80,21 @@ def make_persistent_step(
     sampler: Sampler,
     optimizer: optax.GradientTransformation,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     average_decay: float = 0.999,
     task_chunk: int | None = None,
 ) -> Step:
     """Return one meta-step: a truncation of every task, the outer rule, new tasks for those at the horizon.
 
-    A task whose losses or direction are not finite is left out of the mean, counted, and begun again.
+    A task whose losses or direction are not finite is left out of the mean, counted, and begun again; where the outer
+    rule leads to parameters that are not, parameters and optimiser stay as they are.
 
     Args:
         method: of `persistent_evolution`.
         family: makes the tasks that the sampler describes.
         sampler: proposes T tasks at each step, of which those take part whose place has become free.
         optimizer: the outer rule, any optax transformation.
+        mesh: over which the particles of the T tasks are spread, as in `make_step`; None for one device.
         average_decay: of the exponential moving average of the meta-parameters, as in `make_step`.
         task_chunk: tasks that are vmapped at a time; None for all, on accelerators, and one on CPUs, whose caches hold
             no more.
@@ -102,7 +106,7 @@ def make_persistent_step(
         `make_step`, `num_restarted` [] and `age` [] (mean of the tasks, after the step).
 
     Raises:
-        ValueError: a decay outside [0, 1), a chunk below one.
+        ValueError: a decay outside [0, 1), a chunk below one, a mesh without the axis `task`.
 
     Source: Vicol, Metz & Sohl-Dickstein, 2021, algorithm 2, with antithetic pairs and staggered beginnings.
     """
@@ -110,7 +114,9 @@ def make_persistent_step(
         raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
     if task_chunk is not None and task_chunk < 1:
         raise ValueError(f"task_chunk must be at least 1, got {task_chunk}")
+    check_axis(mesh)
     chunk = task_chunk or (1 if jax.default_backend() == "cpu" else None)
+    shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
 
     def truncate(meta: Params, data: Any, slots: Slots, noise_keys: Key) -> tuple[Params, Particles, Metrics]:
         def one(slot: tuple[Spec, Array, Particles, Key]) -> tuple[Params, Particles, Metrics]:
@@ -123,29 +129,38 @@ def make_persistent_step(
             return jax.lax.map(one, each)
         return jax.lax.map(one, each, batch_size=chunk or slots.weights.shape[0])
 
+    def spread(meta: Params, data: Any, slots: Slots, noise_keys: Key) -> tuple[Params, Particles, Metrics]:
+        if mesh is None:
+            return truncate(meta, data, slots, noise_keys)
+
+        def per_device(meta: Params, data: Any, *pieces: Any) -> tuple[Params, Particles, Metrics]:
+            return truncate(*differing((meta, data)), *pieces)
+
+        directions, particles, per_task = jax.shard_map(
+            per_device, mesh=mesh, in_specs=(shared, shared, split, split), out_specs=split
+        )(meta, data, slots, noise_keys)
+        # A learned rule is small: gathered, so that sums over tasks have the order that one device has.
+        directions, per_task = placed((directions, per_task), shared)
+        return directions, particles, per_task
+
+    def placed(tree: Any, where: jax.sharding.PartitionSpec) -> Any:
+        return tree if mesh is None else jax.lax.with_sharding_constraint(tree, jax.sharding.NamedSharding(mesh, where))
+
     def step(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
         carried: Carried = state.sampler
         slots, before = carried.slots, carried.slots.particles.age
         noise_key, slots_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         num_tasks = slots.weights.shape[0]
-        directions, particles, per_task = truncate(state.meta, data, slots, task_keys(noise_key, num_tasks))
+        directions, particles, per_task = spread(state.meta, data, slots, task_keys(noise_key, num_tasks))
         finite = _finite((directions, query_losses(per_task)), num_tasks)
         kept = jnp.where(finite, slots.weights, 0.0)
         size = jnp.abs(kept).sum()  # weights may be negative, as those of `agreement(drop=False)` are
         scale = jnp.abs(slots.weights).sum() / jnp.where(size > 0, size, 1.0)
         direction = jax.tree.map(lambda leaf: scale * _weighted_sum(leaf, kept), directions)
-        still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
-        direction = {name: (direction | still)[name] for name in state.meta}
-
-        def follow() -> tuple[Params, Params, Any]:
-            updates, opt = optimizer.update(direction, state.opt, state.meta)
-            meta = optax.apply_updates(state.meta, updates)
-            decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
-            return meta, jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta), opt
-
+        direction = completed(direction, state.meta)
         norm = optax.tree.norm(direction)
-        usable = finite.any() & jnp.isfinite(norm)
-        meta, average, opt = jax.lax.cond(usable, follow, lambda: (state.meta, state.average, state.opt))
+        usable = (size > 0) & jnp.isfinite(norm)
+        meta, average, opt, followed = follow(optimizer, state, direction, usable, average_decay)
 
         scores = jnp.stack(query_losses(per_task)).sum(0)
         sampler_state = sampler.update(carried.sampler, slots.specs, scores)
@@ -157,13 +172,15 @@ def make_persistent_step(
         metrics = jax.tree.map(lambda leaf: _weighted_sum(leaf, kept) / total, per_task) | {
             "grad_norm": norm,
             "num_nonfinite": (~finite).sum(),
-            "finite_share": finite.mean(),
+            "finite_share": jnp.where(followed, finite.mean(), 0.0),
             "bad_task": jnp.where(finite.all(), -1, first),
             "bad_inner_step": jnp.where(finite.all(), -1, before[first]),
             "num_restarted": done.sum(),
             "age": slots.particles.age.mean(),
         }
-        return TrainState(state.step + 1, meta, average, opt, Carried(sampler_state, slots), state.key), metrics
+        rest = placed((state.step + 1, meta, average, opt, sampler_state, slots._replace(particles=None)), shared)
+        slots = rest[-1]._replace(particles=placed(slots.particles, split))
+        return TrainState(*rest[:4], Carried(rest[4], slots), state.key), placed(metrics, shared)
 
     return step
 

@@ -90,6 +90,24 @@ def here(tree: ArrayTree) -> Any:
     return jax.tree.map(copy, tree)
 
 
+def check_axis(mesh: jax.sharding.Mesh | None) -> None:
+    """Refuse a mesh over which tasks cannot be spread.
+
+    Raises:
+        ValueError: it has no axis `task`.
+    """
+    if mesh is not None and AXIS not in mesh.shape:
+        raise ValueError(f"expected a mesh with an axis '{AXIS}', got the axes {tuple(mesh.shape)}")
+
+
+def differing(tree: ArrayTree) -> Any:
+    """Return what is whole on every device, typed as differing between them (inside `jax.shard_map` over `task`).
+
+    Without it a device's inner gradients would be summed over all devices: see `jax.lax.pcast`.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), tree)
+
+
 def differing_like(value: Array, reference: Array) -> Array:
     """Return the value, typed as differing between devices where the reference may (inside `jax.shard_map`).
 

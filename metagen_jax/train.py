@@ -16,7 +16,7 @@ from metagen_jax.adapt.starts import LOG_RATE
 from metagen_jax.meta.annealed import field_at
 from metagen_jax.meta.batch import finite_sum, query_losses, sum_over_tasks
 from metagen_jax.meta.learners import MetaLearner, task_keys
-from metagen_jax.sharding import AXIS
+from metagen_jax.sharding import AXIS, check_axis, differing
 from metagen_jax.tasks.family import Spec, TaskFamily
 from metagen_jax.tasks.samplers import Sampler, effective_sample_size
 from metagen_jax.types import Array, Key, Metrics, Params
@@ -96,8 +96,7 @@ def make_step(
     """
     if not 0 <= average_decay < 1:
         raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
-    if mesh is not None and AXIS not in mesh.shape:
-        raise ValueError(f"expected a mesh with an axis '{AXIS}', got the axes {tuple(mesh.shape)}")
+    check_axis(mesh)
 
     shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
     total = functools.partial(sum_over_tasks, chunk="auto" if task_chunk is None else task_chunk)
@@ -117,8 +116,7 @@ def make_step(
             return over(meta, data, taken, specs, weights, keys)
 
         def per_device(meta: Params, data: Any, taken: Array, *pieces: Any) -> tuple[Params, Metrics, Array]:
-            # Without this a device's inner gradients would be summed over all devices: see jax.lax.pcast.
-            meta, data = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), (meta, data))
+            meta, data = differing((meta, data))
             direction, metrics, finite = over(meta, data, taken, *pieces)
             return jax.lax.psum(direction, AXIS), metrics, finite
 
@@ -141,21 +139,10 @@ def make_step(
         size = jnp.abs(kept)  # a strategy may turn tasks that conflict around
         scale = jnp.abs(weights).sum() / jnp.where(size.sum() > 0, size.sum(), 1.0)
         direction = jax.tree.map(lambda leaf: leaf * scale, direction)
-        still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in state.meta.items() if name not in direction}
-        direction = {name: (direction | still)[name] for name in state.meta}
+        direction = completed(direction, state.meta)
         norm = optax.tree.norm(direction)
-
-        def follow() -> tuple[tuple[Params, Params, Any], Array]:
-            updates, opt = optimizer.update(direction, state.opt, state.meta)
-            meta = optax.apply_updates(state.meta, updates)
-            decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
-            average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta)
-            fits = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((meta, average))]).all()
-            return jax.tree.map(lambda new, old: jnp.where(fits, new, old), (meta, average, opt), before), fits
-
-        before = state.meta, state.average, state.opt
         usable = (size.sum() > 0) & jnp.isfinite(norm)
-        (meta, average, opt), moved = jax.lax.cond(usable, follow, lambda: (before, jnp.array(False)))
+        meta, average, opt, moved = follow(optimizer, state, direction, usable, average_decay)
         first = jnp.argmin(finite)
         metrics = jax.tree.map(lambda leaf: _weighted_mean(leaf, size), per_task) | {
             "grad_norm": norm,
@@ -172,6 +159,45 @@ def make_step(
         return after, metrics
 
     return step
+
+
+def completed(direction: Params, meta: Params) -> Params:
+    """Return a direction of all meta-parameters, in their order: zero for those that it says nothing about."""
+    still = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in meta.items() if name not in direction}
+    return {name: (direction | still)[name] for name in meta}
+
+
+def follow(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    direction: Params,
+    usable: Array,
+    average_decay: float,
+) -> tuple[Params, Params, Any, Array]:
+    """Return meta-parameters, their average and the optimiser's state after one update, and whether there was one.
+
+    Args:
+        optimizer: the outer rule.
+        state: before it.
+        direction: of all meta-parameters.
+        usable: [] bool, whether the direction may be followed.
+        average_decay: of the exponential moving average, bias-corrected.
+
+    Returns:
+        All as they were where the direction may not be followed, or leads to parameters that are not finite.
+    """
+    before = state.meta, state.average, state.opt
+
+    def moved() -> tuple[tuple[Params, Params, Any], Array]:
+        updates, opt = optimizer.update(direction, state.opt, state.meta)
+        meta = optax.apply_updates(state.meta, updates)
+        decay = jnp.minimum(average_decay, state.step / (state.step + 1.0))
+        average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.average, meta)
+        fits = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((meta, average))]).all()
+        return jax.tree.map(lambda new, old: jnp.where(fits, new, old), (meta, average, opt), before), fits
+
+    (meta, average, opt), fits = jax.lax.cond(usable, moved, lambda: (before, jnp.array(False)))
+    return meta, average, opt, fits
 
 
 def run_chunk(step: Step, num_steps: int, *, sharding: jax.sharding.Sharding | None = None) -> Step:

@@ -32,7 +32,7 @@ ARROWS = {
     "critics": "types files tasks models",
     "evaluate_samples": "types tasks metrics critics evaluate",
     "train": "types sharding tasks adapt meta",
-    "persistent": "types tasks meta train",
+    "persistent": "types sharding tasks meta train",
     "budget": "types tasks meta train",
     "config": "files",
     "latent": "types games tasks models meta",

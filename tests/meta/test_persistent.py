@@ -16,6 +16,8 @@ from metagen_jax.meta.evolution import normal_like
 from metagen_jax.meta.learners.learned_optimizer import learned_optimizer
 from metagen_jax.meta.persistent import persistent_evolution
 from metagen_jax.persistent import init_persistent_state, make_persistent_step
+from metagen_jax.sharding import bits, everywhere, here, task_mesh
+from metagen_jax.train import run_chunk
 
 HORIZON, SIGNS = 8, np.array([1.0, -1.0, -1.0, -1.0], np.float32)
 SHIFT = 0.5 * (np.eye(4) + np.eye(4, k=1)).astype(np.float32)
@@ -235,6 +237,38 @@ def test_a_task_that_is_not_finite_is_left_out_and_begun_again():
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(flat(state.meta)).all()
     assert (np.asarray(state.sampler.slots.bits)[bad] != before[bad]).any(1).all()
+
+
+def test_tasks_spread_over_devices_learn_what_they_learn_on_one():
+    method, state, step = _setting()
+    family, mesh = _family(), task_mesh(3)
+    spread = make_persistent_step(method, family, mg.uniform(family, 3), optax.sgd(1e-4), mesh=mesh)
+    shared, data = everywhere((_copy(state), jnp.array(False)), mesh)
+    spread = run_chunk(spread, 1, sharding=shared.step.sharding)
+    for _ in range(4):
+        state, metrics = step(state, jnp.array(False))
+        shared, of_devices = spread(shared, data)
+        assert shared.sampler.slots.particles.age.is_fully_replicated
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(bits(b), bits(a), rtol=1e-5, atol=1e-6), state, here(shared)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b[0], a, rtol=1e-5, atol=1e-6), metrics, of_devices)
+    with pytest.raises(ValueError, match="axis 'task'"):
+        make_persistent_step(
+            method, family, mg.uniform(family, 3), optax.sgd(1e-4), mesh=jax.make_mesh((1,), ("devices",))
+        )
+
+
+def test_an_update_that_overflows_is_not_followed():
+    method, state, _ = _setting()
+    family = _family()
+    overflowing = optax.chain(optax.sgd(1e-4), optax.scale(jnp.inf))
+    step = make_persistent_step(method, family, mg.uniform(family, 3), overflowing)
+    after, metrics = jax.jit(step)(state._replace(opt=overflowing.init(state.meta)), jnp.array(False))
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["finite_share"] == 0
+    for before, now in ((state.meta, after.meta), (state.average, after.average)):
+        np.testing.assert_array_equal(flat(now), flat(before))
 
 
 def test_a_run_of_train_goes_where_the_whole_inner_loop_says_and_is_the_same_in_pieces():
