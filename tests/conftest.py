@@ -1,5 +1,6 @@
 """Every test runs with several CPU devices, rank promotion and key reuse as errors, and 32-bit floats."""
 
+import gc
 import os
 from importlib import metadata
 from pathlib import Path
@@ -10,11 +11,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if metadata.version("jaxlib").startswith("0.10."):  # flags come and go, and an unknown one ends the process
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # which takes less than half the time again
+    FAST_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"  # as every core has a test of its own
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 
 import chex
 import jax
 import pytest
+
+gc.set_threshold(
+    20_000, 20, 100
+)  # most of what tracing makes is kept, and looking through it takes a tenth of the time
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
