@@ -178,9 +178,11 @@ def make_persistent_step(
             "num_restarted": done.sum(),
             "age": slots.particles.age.mean(),
         }
-        rest = placed((state.step + 1, meta, average, opt, sampler_state, slots._replace(particles=None)), shared)
-        slots = rest[-1]._replace(particles=placed(slots.particles, split))
-        return TrainState(*rest[:4], Carried(rest[4], slots), state.key), placed(metrics, shared)
+        particles = placed(slots.particles, split)  # gathered at the end of a dispatch alone
+        meta, average, opt, sampler_state = placed((meta, average, opt, sampler_state), shared)
+        specs, weights, bits = placed((slots.specs, slots.weights, slots.bits), shared)
+        carried = Carried(sampler_state, Slots(specs, weights, bits, particles))
+        return TrainState(state.step + 1, meta, average, opt, carried, state.key), placed(metrics, shared)
 
     return step
 

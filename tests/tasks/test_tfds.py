@@ -1,11 +1,17 @@
 import io
+import shutil
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
 
+from metagen_jax.cli import main
 from metagen_jax.tasks.sources import load, tfds_images
 from metagen_jax.tasks.sources.omniglot import ARCHIVES, drawings, fetch, prepare
 from metagen_jax.tasks.splits import canonical
@@ -90,6 +96,64 @@ def test_bad_requests_say_what_there_is(prepared, tmp_path):
         load("tfds:mnits", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"mnist is not prepared in .* allow download"):
         load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("features.json", lambda content: content[:400], "cannot be read"),
+        (
+            "features.json",
+            lambda content: content.replace(b"tensorflow_datasets.core.features", b"this_module.core", 1),
+            "names 'this_module.core",
+        ),
+        ("features.json", lambda content: b"\xff" + content, "cannot be read"),
+        ("features.json", lambda content: content.replace(b'"4"', b'"2"'), "is of class 3, but there are 2"),
+        ("dataset_info.json", lambda content: content[:200], "cannot be read"),
+        ("dataset_info.json", None, "cannot be read"),
+        ("label.labels.txt", lambda content: b"a\n", "cannot be read"),
+        ("tiny_marks-test.array_record-00000-of-00001", lambda content: content[:70_000], "cannot be read"),
+        ("tiny_marks-train.array_record-00000-of-00001", lambda content: content[::-1], "cannot be read"),
+        ("tiny_marks-train.array_record-00000-of-00001", None, "cannot be read"),
+    ],
+)
+def test_a_prepared_set_that_is_damaged_is_named(prepared, tmp_path, capsys, name, change, message):
+    shutil.copytree(prepared, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob(name)
+    content = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(content))
+    options = ["train", "maml", "vae", "--data", "tfds:tiny_marks", "--data-dir", str(tmp_path / "data")]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "tiny_marks" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    file=st.integers(0, 5), begin=st.floats(0, 1), cut=st.sampled_from([0, 1, 9, 10**6]), put=st.binary(max_size=9)
+)
+def test_a_prepared_set_with_any_file_changed_is_read_or_refused(prepared, file, begin, cut, put):
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        shutil.copytree(prepared, data)
+        paths = sorted(path for path in data.rglob("*") if path.is_file())
+        assert len(paths) == 6
+        content = paths[file].read_bytes()
+        at = round(begin * len(content))
+        paths[file].write_bytes(content[:at] + put + content[at + cut :])
+        refused = None
+        try:
+            images = tfds_images("tiny_marks", data_dir=data)
+        except ValueError as error:
+            refused = error
+        if refused is None:
+            assert len(images.images) <= 9
+        else:
+            assert "tiny_marks" in str(refused)
+            assert type(refused) is ValueError  # and none of a library's own, which name no file
 
 
 def archive(path, members):
