@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from metagen_jax.strategies.candidates import Rule, Statistics
-from metagen_jax.strategies.drawing import cosines, normalised
+from metagen_jax.strategies.drawing import cosines, normalised, of_length_one
 from metagen_jax.types import Array, Key
 
 
-def agreement(*, drop: bool = True) -> Rule:
+def agreement(*, drop: bool = True, unit: bool = False) -> Rule:
     """Return the rule that weighs tasks by how far their direction agrees with the mean of all candidates.
 
         s_i = <g_i, (1/C) sum_j g_j>,   the T largest,   w_i = s_i / sum |s|
@@ -30,22 +30,24 @@ def agreement(*, drop: bool = True) -> Rule:
     Args:
         drop: tasks with s_i < 0 get the weight zero, and weights sum to one; otherwise they are turned around, with a
             negative weight, and absolute values sum to one.
+        unit: compare g_i / |g_i|, so that every task has one vote. Tasks from which nothing can be learned have the
+            longest directions, and the mean of those as they are points their way.
 
     Source: Eshratifar, Eigen & Pedram, Gradient Agreement as an Optimization Objective for Meta-Learning, 2018.
     Departures: sketches of directions in the place of the displacements of the inner loop; the choice of T among C;
-    `drop`.
+    `drop` and `unit`.
     """
 
     def choose(state: Any, key: Key, statistics: Statistics, num_tasks: int) -> tuple[Array, Array]:
         del state, key
-        agrees, indices = jax.lax.top_k(with_mean(_sketches(statistics)), num_tasks)
+        agrees, indices = jax.lax.top_k(with_mean(_sketches(statistics), unit), num_tasks)
         weights = normalised(jnp.maximum(agrees, 0.0) if drop else jnp.abs(agrees))
         return indices, weights if drop else jnp.where(agrees < 0, -weights, weights)
 
     return Rule(lambda key: (), choose)
 
 
-def greedy_set(beta: float = 0.5, *, sign: int = 1) -> Rule:
+def greedy_set(beta: float = 0.5, *, sign: int = 1, unit: bool = False) -> Rule:
     """Return the rule that builds a set of tasks, one after the other, which agree and are not copies.
 
         first  argmax_i sign <g_i, mean g>
@@ -56,6 +58,7 @@ def greedy_set(beta: float = 0.5, *, sign: int = 1) -> Rule:
     Args:
         beta: how much likeness costs, at least 0; 0 takes copies of one task if they are there.
         sign: 1 for tasks that agree; -1 for the competitive counterpart, tasks that pull apart.
+        unit: of the first, too, only the way its direction points counts, as in `agreement`.
 
     Raises:
         ValueError: a negative beta, or another sign.
@@ -68,7 +71,7 @@ def greedy_set(beta: float = 0.5, *, sign: int = 1) -> Rule:
         sketches = _sketches(statistics)
         agree = sign * cosines(sketches)
         alike = cosines(statistics.embedding) if statistics.embedding.shape[1] else cosines(sketches)
-        first = jnp.argmax(sign * with_mean(sketches))
+        first = jnp.argmax(sign * with_mean(sketches, unit))
 
         def add(carry: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], Array]:
             total, most, taken = carry
@@ -144,8 +147,9 @@ def information(num_features: int, *, memory: int = 64, width: float = 0.5) -> R
     return Rule(lambda key: Used(jnp.zeros((memory, num_features)), jnp.zeros((), jnp.int32)), choose, update)
 
 
-def with_mean(sketches: Array) -> Array:
-    """Return <g_i, mean g> of every row [C]."""
+def with_mean(sketches: Array, unit: bool = False) -> Array:
+    """Return <g_i, mean g> of every row [C]; with `unit`, of rows that were given the length one."""
+    sketches = of_length_one(sketches) if unit else sketches
     return jnp.matmul(sketches, sketches.mean(0), precision="highest")
 
 

@@ -69,6 +69,11 @@ def onto_simplex(x: Array) -> Array:
 
 def cosines(x: Array) -> Array:
     """Return the cosine of every pair of rows of x [C, p], [C, C]; zero for a row that is zero."""
-    length = jnp.sqrt(jnp.square(x).sum(1, keepdims=True))
-    unit = x / jnp.where(length > 0, length, 1.0)
+    unit = of_length_one(x)
     return jnp.matmul(unit, unit.T, precision="highest")
+
+
+def of_length_one(x: Array) -> Array:
+    """Return the rows of x [C, p] over their lengths; zero for a row that is zero."""
+    length = jnp.sqrt(jnp.square(x).sum(1, keepdims=True))
+    return x / jnp.where(length > 0, length, 1.0)

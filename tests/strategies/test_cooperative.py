@@ -47,6 +47,21 @@ def test_agreement_takes_the_tasks_that_agree_most():
     np.testing.assert_allclose(weights, agrees[indices] / agrees[indices].sum(), rtol=1e-6)
 
 
+def test_a_task_has_one_vote_where_only_the_way_of_its_direction_counts():
+    """Two long directions one way, three short ones the other: the mean points with the long ones, the votes do not."""
+    sketch = np.array([[9.0, 1.0], [8.0, -1.0], [-1.0, 0.1], [-1.0, 0.0], [-0.5, 0.1]], "f4")
+    rows = sketch / np.linalg.norm(sketch, axis=1, keepdims=True)
+    votes = rows @ rows.mean(0)
+    indices, weights = _choose(agreement(unit=True), _statistics(sketch), 3)
+    assert sorted(indices.tolist()) == [2, 3, 4]
+    np.testing.assert_allclose(weights, votes[indices] / votes[indices].sum(), rtol=1e-5)
+    assert set(_choose(agreement(), _statistics(sketch), 2)[0].tolist()) == {0, 1}
+    assert _choose(greedy_set(0.0), _statistics(sketch), 2)[0].tolist() == [0, 1]
+    first, second = _choose(greedy_set(0.0, unit=True), _statistics(sketch), 2)[0]
+    assert first == np.argmax(votes)
+    assert second in {2, 3, 4}
+
+
 def test_directions_that_all_agree_alike_have_equal_weights_and_so_do_zeros():
     for sketch in (np.eye(4), np.zeros((4, 3))):
         _, weights = _choose(agreement(), _statistics(sketch.astype("f4")), 3)
