@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 class Interval(NamedTuple):
@@ -32,6 +32,8 @@ def over_classes(values: np.ndarray, *, num_resamples: int = 2000, seed: int = 0
         )
     if np.ptp(values) == 0:
         return Interval(float(values[0]), float(values[0]), float(values[0]))
+    from scipy import stats  # here, since importing it takes as long as importing jax
+
     result = stats.bootstrap(
         (values,), np.mean, n_resamples=num_resamples, method="percentile", rng=np.random.default_rng(seed), batch=100
     )
@@ -60,5 +62,5 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"expected a finite value for each of one or more seeds, got {list(values)}")
     if len(found) == 1:
         return float(found[0]), float("nan")
-    half = stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    half = special.stdtrit(len(found) - 1, 0.975) * found.std(ddof=1) / len(found) ** 0.5
     return float(found.mean()), float(half)
