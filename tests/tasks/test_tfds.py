@@ -131,6 +131,15 @@ def test_a_prepared_set_that_is_damaged_is_named(prepared, tmp_path, capsys, nam
     assert not (tmp_path / "run").exists()
 
 
+def test_memory_is_spent_on_the_classes_that_have_images_alone(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("features.json")
+    path.write_bytes(path.read_bytes().replace(b'"4"', b'"99999999999999"'))
+    images = tfds_images("tiny_marks", data_dir=tmp_path / "data")
+    assert images.class_names == ("a", "b", "d")
+    assert images.images.shape[0] == 9
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     file=st.integers(0, 5), begin=st.floats(0, 1), cut=st.sampled_from([0, 1, 9, 10**6]), put=st.binary(max_size=9)

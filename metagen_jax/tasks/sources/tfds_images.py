@@ -5,6 +5,7 @@ result depends on what is installed: of a PNG with one bit per pixel Pillow make
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,20 @@ def tfds_images(
     with _understood(dataset, data_dir):
         features = dict(builder.info.features.items())
     image, classes, groups = _features(dataset, features, label, group)
-    taken = np.zeros(classes.num_classes, int)
+    with _understood(dataset, data_dir):
+        num_classes, num_channels = int(classes.num_classes), features[image].shape[-1]
     splits = list(builder.info.splits) if splits is None else list(splits)
     if unknown := sorted(set(splits) - set(builder.info.splits)):
         raise ValueError(f"{dataset} has no split {', '.join(unknown)}; it has {', '.join(builder.info.splits)}")
-    channels = channels or (1 if builder.info.features[image].shape[-1] == 1 else 3)
+    channels = channels or (1 if num_channels == 1 else 3)
     fitted: list[np.ndarray] = []
     labels: list[int] = []
     group_of: dict[int, str] = {}
+    taken = Counter[int]()
     for example in _examples(builder, splits, image, data_dir):
         c = int(example[label])
-        if c >= len(taken):
-            raise ValueError(f"{dataset}: image {len(labels)} is of class {c}, but there are {len(taken)}")
+        if c >= num_classes:
+            raise ValueError(f"{dataset}: image {len(labels)} is of class {c}, but there are {num_classes}")
         if c < 0 or (max_per_class is not None and taken[c] >= max_per_class):
             continue
         taken[c] += 1
@@ -93,15 +96,15 @@ def tfds_images(
         invert = channels == 1 and light_paper(ink * (255 // scale))
     if invert:
         np.subtract(scale, ink, out=ink, casting="unsafe")
-    present = np.flatnonzero(taken)
+    present = sorted(taken)
     with _understood(dataset, data_dir):
-        names = [classes.int2str(int(c)) for c in present]
+        names = [classes.int2str(c) for c in present]
     return image_set(
         f"tfds:{builder.info.full_name}-{size}x{channels}" + ("" if threshold is None else f"-ink{threshold:g}"),
         ink if threshold is None else binarise(ink, threshold),
         np.searchsorted(present, labels),
         names,
-        groups=[group_of.get(int(c), "") for c in present],
+        groups=[group_of.get(c, "") for c in present],
         note=f"{builder.info.full_name} of tensorflow-datasets ({builder.info.homepage}), see there for its licence.",
     )
 
