@@ -10,7 +10,7 @@ its kernels. The last columns draw 8 candidates, each of them wrong with probabi
 them by directions as they are, and with one vote a task, and say which share of the weights the wrong ones have (0.5
 without a choice; means of 400 draws).
 
-    taskset -c 0 python experiments/noisy_directions.py --data-dir DIR --out runs/directions  # about 8 min
+    taskset -c 0 python experiments/noisy_directions.py --data-dir DIR --out runs/directions  # some 10 min
     taskset -c 0 python experiments/noisy_directions.py --data-dir DIR --out runs/quick --quick  # less than a minute
 """
 
@@ -93,14 +93,13 @@ def main() -> None:
     def statistics(family: mg.TaskFamily, players: tuple[str, ...]) -> Any:
         measure = measured(built.model.game, learner.adapt, players=players)
 
-        def one(meta: mg.Params, data: Any, key: jax.Array) -> Statistics:
-            spec_key, make_key, measure_key = jax.random.split(key, 3)
-            task = family.make(data, make_key, family.describe(data, spec_key))
-            return measure(meta, measure_key, task)
-
         def of(meta: mg.Params, key: jax.Array) -> Statistics:
-            keys = jax.random.split(key, each)
-            return jax.lax.map(lambda key: one(meta, family.data, key), keys)
+            def one(key: jax.Array) -> Statistics:
+                spec_key, make_key, measure_key = jax.random.split(key, 3)
+                task = family.make(family.data, make_key, family.describe(family.data, spec_key))
+                return measure(meta, measure_key, task)
+
+            return jax.lax.map(one, jax.random.split(key, each))
 
         return jax.jit(of)
 

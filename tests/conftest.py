@@ -20,7 +20,7 @@ import pytest
 
 gc.set_threshold(
     20_000, 20, 100
-)  # most of what tracing makes is kept, and looking through it takes a tenth of the time
+)  # most of what tracing makes is kept, and looking through it takes a twelfth of the time
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

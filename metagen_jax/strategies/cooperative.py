@@ -30,8 +30,8 @@ def agreement(*, drop: bool = True, unit: bool = False) -> Rule:
     Args:
         drop: tasks with s_i < 0 get the weight zero, and weights sum to one; otherwise they are turned around, with a
             negative weight, and absolute values sum to one.
-        unit: compare g_i / |g_i|, so that every task has one vote. Tasks from which nothing can be learned have the
-            longest directions, and the mean of those as they are points their way.
+        unit: compare g_i / |g_i|, so that every task has one vote, and no few tasks with long directions (those with
+            wrong labels, in `experiments/noisy_directions.py`) say where the mean points.
 
     Source: Eshratifar, Eigen & Pedram, Gradient Agreement as an Optimization Objective for Meta-Learning, 2018.
     Departures: sketches of directions in the place of the displacements of the inner loop; the choice of T among C;

@@ -131,6 +131,17 @@ def test_a_prepared_set_that_is_damaged_is_named(prepared, tmp_path, capsys, nam
     assert not (tmp_path / "run").exists()
 
 
+def test_no_spelling_of_a_name_imports_what_a_set_names(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("features.json")
+    path.write_bytes(path.read_bytes().replace(b"tensorflow_datasets.core.features", b"from_a_set.core"))
+    (tmp_path / "from_a_set.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tiny_marks", "TinyMarks", "tiny_marks:1.2.3", "tiny_marks:*.*.*"):
+        with pytest.raises(ValueError, match="names 'from_a_set"):
+            tfds_images(name, data_dir=tmp_path / "data")
+
+
 def test_memory_is_spent_on_the_classes_that_have_images_alone(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
     (path,) = (tmp_path / "data").rglob("features.json")

@@ -5,6 +5,7 @@ result depends on what is installed: of a PNG with one bit per pixel Pillow make
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -175,11 +176,17 @@ def _builder(dataset: str, data_dir: Path | str | None, download: bool) -> Any:
 
 def _check_classes(dataset: str, data_dir: Path) -> None:
     """Refuse a prepared set whose features are of classes that TFDS does not have, since it would import them."""
-    for path in sorted((data_dir / dataset.split(":")[0].split("/")[0]).glob("**/features.json")):
+    asked = {_plain(part) for part in re.split("[:/]", dataset)}  # TFDS also takes TinyMarks for tiny_marks
+    folders = [folder for folder in data_dir.glob("*") if _plain(folder.name) in asked]
+    for path in sorted(path for folder in folders for path in folder.glob("**/features.json")):
         with _understood(dataset, data_dir):
             named = list(_class_names(json_object(path)))
         if others := [name for name in named if not name.startswith(CLASSES)]:
             raise ValueError(f"{path} names {others[0]!r}, which is no feature of tensorflow-datasets; nothing is read")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def _class_names(tree: Any) -> Iterator[str]:
